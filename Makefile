@@ -1,0 +1,15 @@
+# make train: the main job on a fresh machine.  make test: the tests.  ACCEL=gpu for CUDA.
+export ACCEL ?= cpu
+python = .venv/bin/python
+
+.PHONY: setup train test lint lock
+setup:
+	@tools/setup.sh
+train: setup
+	@$(python) jobs/demo.py
+test: setup
+	@$(python) -m pytest -q $(PYTEST)
+lint: setup
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+lock: setup
+	@tools/lock.sh

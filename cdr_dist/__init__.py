@@ -1,0 +1,1 @@
+"""Distributed cross-domain recommendation."""

@@ -1,0 +1,123 @@
+"""The prepared dataset: its folder, its columns, its manifest.
+
+    OUT/manifest.json                     written last; a folder without it is not a dataset
+    OUT/vocab/{user,source_item,target_item,source_category,target_category}.parquet
+    OUT/{train,valid,test}/part-00000.parquet …
+
+Row ids are vocabulary ids: 0 is padding, 1 is unknown, real keys start at 2. `source` and `target` are roles, so
+a dataset of another pair of domains has the same columns; the domains' own names stand in the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from cdr_dist.data import storage
+from cdr_dist.errors import UserError
+
+SCHEMA_VERSION = 1
+PADDING, UNKNOWN, FIRST_ID = 0, 1, 2
+SPLITS = ("train", "valid", "test")
+VOCABULARIES = ("user", "source_item", "target_item", "source_category", "target_category")
+ROW_GROUP_ROWS = 20_000
+
+_ids = pa.list_(pa.int32())
+
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        ("example_id", pa.int64()),  # unique over the splits
+        ("user", pa.int32()),
+        ("item", pa.int32()),  # of the target domain, as is category
+        ("category", pa.int32()),
+        ("label", pa.float32()),
+        ("timestamp", pa.int64()),
+        # Positives before this behaviour, oldest first. Across domains: strictly earlier.
+        ("target_history_item", _ids),
+        ("target_history_category", _ids),
+        ("source_history_item", _ids),
+        ("source_history_category", _ids),
+        # The user's source behaviours strictly before the user's validation time, sampled down to 100.
+        ("source_candidates_item", _ids),
+        ("source_candidates_category", _ids),
+        ("source_candidates_label", pa.list_(pa.float32())),
+        ("source_candidates_timestamp", pa.list_(pa.int64())),
+        # All of the user's *training* behaviours in the target domain (up to 1,000): what sampled negatives
+        # must avoid, and where dev behaviours of the same user come from.
+        ("target_candidates_item", _ids),
+        ("target_candidates_category", _ids),
+        ("target_candidates_label", pa.list_(pa.float32())),
+        ("position", pa.int32()),  # of this behaviour within target_candidates; -1 where it is not in it
+        # Stored negatives of a validation or test row (labels by sampled negatives); empty in train.
+        ("negatives_item", _ids),
+    ]
+)
+
+VOCAB_SCHEMA = pa.schema([("id", pa.int32()), ("key", pa.string())])
+ITEM_VOCAB_SCHEMA = VOCAB_SCHEMA.append(pa.field("category", pa.int32()))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of a split. `path` is relative to the dataset folder."""
+
+    path: str
+    rows: int
+    row_groups: list[int]  # rows of each row group
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`. Counts leave out the reserved ids; `rows` (table sizes) include them."""
+
+    source_domain: str
+    target_domain: str
+    seed: int
+    label: str  # "rating" (stored) or "sampled" (negatives are drawn)
+    eval_negatives: int  # stored negatives of each validation and test row; 0 with label="rating"
+    rows: dict[str, int]  # vocabulary name -> rows, ids 0 and 1 included
+    counts: dict[str, int]  # users, source_items, source_behaviours, target_items, target_behaviours
+    unseen: dict[str, dict[str, float]]  # valid|test -> user|item -> share of rows training never saw
+    unknown: dict[str, float]  # train|valid|test -> share of rows whose user or item id is unknown
+    shards: dict[str, list[Shard]]
+    vocab: dict[str, Shard]
+    options: dict[str, Any] = field(default_factory=dict)  # of prepare, as given
+    schema: int = SCHEMA_VERSION
+
+    @property
+    def checksum(self) -> str:
+        """Identifies the content: a hash over the shards' and vocabularies' checksums and the options."""
+        parts = [s.sha256 for split in SPLITS for s in self.shards[split]]
+        parts += [self.vocab[name].sha256 for name in VOCABULARIES]
+        return storage.sha256(json.dumps([parts, self.options, self.seed], sort_keys=True).encode())
+
+    def examples(self, split: str) -> int:
+        return sum(s.rows for s in self.shards[split])
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self) | {"checksum": self.checksum}, indent=1, sort_keys=True)
+
+
+def read_manifest(folder: str) -> Manifest:
+    """Reads and checks `manifest.json`. UserError: no dataset there, not JSON, another schema version."""
+    path = storage.join(folder, "manifest.json")
+    if not storage.exists(path):
+        raise UserError(f"{folder}: not a dataset (no manifest.json); write one with jobs/prepare.py")
+    try:
+        raw = json.loads(storage.read_bytes(path))
+        version = raw.pop("schema")
+        raw.pop("checksum")
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}; prepare it again"
+            )
+        raw["shards"] = {split: [Shard(**s) for s in raw["shards"][split]] for split in SPLITS}
+        raw["vocab"] = {name: Shard(**raw["vocab"][name]) for name in VOCABULARIES}
+        return Manifest(**raw)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged manifest ({error}); prepare the dataset again") from error

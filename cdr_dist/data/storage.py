@@ -1,0 +1,75 @@
+"""Local folders and object stores behind one door (fsspec)."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import fsspec
+
+from cdr_dist.errors import UserError
+
+T = TypeVar("T")
+
+READ_DEADLINE_S = 120.0
+"""Longest wait for one read: a stalled object store otherwise hangs past its client's own time-out."""
+
+_readers = concurrent.futures.ThreadPoolExecutor(max_workers=16, thread_name_prefix="cdr-read")
+
+
+def locate(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a local path or a URI such as `s3://bucket/folder`, and the path in it."""
+    try:
+        fs, path = fsspec.core.url_to_fs(uri)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{uri}: {error}") from error
+    return fs, path.rstrip("/") or "/"
+
+
+def join(uri: str, *names: str) -> str:
+    return "/".join([uri.rstrip("/"), *names])
+
+
+def exists(uri: str) -> bool:
+    fs, path = locate(uri)
+    return bool(fs.exists(path))
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole file. Raises UserError naming the file where it is missing or cannot be read in time."""
+    fs, path = locate(uri)
+    return with_deadline(lambda: fs.cat_file(path), uri)
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    fs, path = locate(uri)
+    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    fs.pipe_file(path, content)
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def with_deadline(read: Callable[[], T], what: str, seconds: float | None = None) -> T:
+    """Runs a read under a deadline; any failure becomes one error that names `what`."""
+    limit = READ_DEADLINE_S if seconds is None else seconds
+    future: concurrent.futures.Future[T] = _readers.submit(read)
+    try:
+        return future.result(timeout=limit)
+    except concurrent.futures.TimeoutError:
+        future.cancel()
+        raise UserError(f"{what}: no answer within {limit:.0f} s") from None
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{what}: not found") from None
+    except Exception as error:  # every client has its own errors: s3fs raises IndexError on a dead server
+        raise UserError(f"{what}: cannot be read ({_first_line(error)})") from error
+
+
+def _first_line(error: Any) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
