@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from cdr_dist.errors import UserError
 
@@ -47,6 +49,53 @@ def write_bytes(uri: str, content: bytes) -> None:
     fs, path = locate(uri)
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     fs.pipe_file(path, content)
+
+
+def size(uri: str) -> int:
+    """Bytes of one file. UserError where it is missing or cannot be reached."""
+    fs, path = locate(uri)
+    return int(with_deadline(lambda: fs.info(path)["size"], uri))
+
+
+def open_input(uri: str) -> Any:
+    """A binary file to read from. UserError where it is missing or cannot be opened."""
+    fs, path = locate(uri)
+    return with_deadline(lambda: fs.open(path, "rb"), uri)
+
+
+def open_output(uri: str) -> Any:
+    """A binary file to write to; its folder is made."""
+    fs, path = locate(uri)
+    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    return fs.open(path, "wb")
+
+
+def is_empty(uri: str) -> bool:
+    """Nothing there: no file, and no folder with anything in it."""
+    fs, path = locate(uri)
+    fs.invalidate_cache()
+    return not fs.exists(path) or (fs.isdir(path) and not fs.ls(path, detail=False))
+
+
+def remove_folder(uri: str) -> None:
+    """Removes a folder and all in it; nothing happens where there is none."""
+    fs, path = locate(uri)
+    fs.invalidate_cache()
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def move_folder(start: str, end: str, last: str) -> None:
+    """Moves a folder: at once where the file system can, else file by file with the file `last` at the end."""
+    fs, source = locate(start)
+    _, destination = locate(end)
+    if isinstance(fs, LocalFileSystem):
+        os.rename(source, destination)  # over an empty folder too
+        return
+    fs.invalidate_cache()
+    paths = sorted(fs.find(source), key=lambda path: (path.endswith("/" + last), path))
+    for path in paths:
+        fs.mv(path, destination + path.removeprefix(source))
 
 
 def sha256(content: bytes) -> str:
