@@ -1,0 +1,99 @@
+"""Attention over jagged histories, pooled by the mean, without materialising [e_i ; E_s].
+
+BIAO eq. (4)-(6): positions x_i = [e_i ; E_s] attend to one another and the outputs are averaged. Written out with
+W = [W_h | W_s] (history half, source half), four things fall out of the loop over pairs of positions:
+
+- the key's source half adds q_i . W_s E_s to all scores of row i, which the softmax over j ignores: it has no effect;
+- the value's source half adds the same vector to every output: it is added once, after pooling;
+- mean and weighted sum commute: m = sum_j (mean_i alpha_ij) v_j, one weighted sum instead of one a position;
+- projections of e_i depend on the item only: they are made once for each unique item of the batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class PooledAttention(nn.Module):
+    """Multi-head self-attention over one history, mean over positions. No biases, no output projection.
+
+    width: of e_i and of E_s (2d: item and category); head_width d; the result is [B, heads * d]. An empty history
+    gives zeros. `padding=N` reproduces the released code: histories are filled up to N with zero rows that take
+    their share of attention, and the mean runs over N.
+    """
+
+    def __init__(self, width: int, heads: int, head_width: int, padding: int | None = None) -> None:
+        super().__init__()
+        self.heads, self.head_width, self.padding = heads, head_width, padding
+        inner = heads * head_width
+        self.query = nn.Linear(2 * width, inner, bias=False)
+        self.key = nn.Linear(width, inner, bias=False)  # the source half would have no effect
+        self.value = nn.Linear(2 * width, inner, bias=False)
+
+    def forward(self, rows: Tensor, position: Tensor, lengths: Tensor, source: Tensor) -> Tensor:
+        """rows [U, width] of the unique items; position [sum(lengths)] -> row; lengths [B]; source [B, width]."""
+        half = rows.shape[1]
+        query, value = self.query.weight, self.value.weight
+        history_side = torch.cat([query[:, :half], self.key.weight, value[:, :half]])
+        unique = (rows @ history_side.T).view(len(rows), 3, self.heads, self.head_width)
+        if self.padding is not None:
+            unique = torch.cat([unique, unique.new_zeros(1, *unique.shape[1:])])
+        from_source = (source @ query[:, half:].T).view(-1, self.heads, self.head_width)
+        pooled = source.new_zeros(len(lengths), self.heads, self.head_width)
+        starts = lengths.cumsum(0) - lengths
+        for members, size in _buckets(lengths, self.padding):
+            pooled = pooled.index_copy(
+                0, members, self._bucket(unique, position, starts, lengths, from_source, members, size)
+            )
+        added = source @ value[:, half:].T
+        taken = (lengths > 0).unsqueeze(1)
+        if self.padding is not None:  # zeroed outputs of padded positions still count in the mean
+            taken = (lengths.clamp(max=self.padding) / self.padding).unsqueeze(1)
+        return pooled.flatten(1) + added * taken
+
+    def _bucket(
+        self,
+        unique: Tensor,
+        position: Tensor,
+        starts: Tensor,
+        lengths: Tensor,
+        from_source: Tensor,
+        members: Tensor,
+        size: int,
+    ) -> Tensor:
+        """The members' histories side by side, each filled up to `size` -> [members, heads, head_width]."""
+        length = lengths[members]
+        column = torch.arange(size, device=length.device)
+        real = column < length.unsqueeze(1)  # [b, n]
+        place = (starts[members].unsqueeze(1) + column).clamp(max=max(len(position) - 1, 0))
+        filler = 0 if self.padding is None else len(unique) - 1
+        row = torch.where(real, position[place], filler) if len(position) else torch.full_like(place, filler)
+        q, k, v = unique.index_select(0, row.flatten()).view(*row.shape, *unique.shape[1:]).unbind(2)
+        q = (q + from_source[members].unsqueeze(1)).transpose(1, 2)  # [b, heads, n, d]
+        scores = q @ k.permute(0, 2, 3, 1) / math.sqrt(self.head_width)  # [b, heads, n, n]
+        if self.padding is None:
+            scores = scores.masked_fill(~real[:, None, None, :], -torch.inf)
+        counted = (
+            real[:, None, :, None]
+            / (length if self.padding is None else size * torch.ones_like(length))[:, None, None, None]
+        )
+        share = (scores.softmax(-1) * counted).sum(2)  # [b, heads, n]: mean over queries
+        return (share.unsqueeze(2) @ v.transpose(1, 2)).squeeze(2)
+
+
+def _buckets(lengths: Tensor, padding: int | None) -> list[tuple[Tensor, int]]:
+    """(rows, size) groups of similar length: sizes 1, 2, 3, 4, 6, 8, 12, 16, …, so that little is filled up."""
+    if padding is not None:
+        return [(torch.arange(len(lengths), device=lengths.device), padding)]
+    longest = int(lengths.max()) if len(lengths) else 0
+    out, low, size = [], 0, 1
+    while low < longest:
+        members = ((lengths > low) & (lengths <= size)).nonzero().squeeze(1)
+        if len(members):
+            out.append((members, min(size, longest)))
+        low = size
+        size = size + 1 if size < 4 else (size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3)
+    return out

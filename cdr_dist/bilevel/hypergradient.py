@@ -1,0 +1,255 @@
+"""The implicit gradient of the development loss with respect to the perceptron, exact over sharded tables.
+
+BIAO eq. (14): -grad_theta L_dev . sum_n (I - H)^n . grad_phi grad_theta L_train, where theta is the dense parameters
+and those table rows that the *train* batch uses: a row that only the dev batch uses never meets the mixed derivative,
+and a row that neither uses has no gradient at all. So the result equals that of dense tables of any size.
+
+Every worker holds its part of both batches. A vector over theta is a list of tensors whose row parts are copies: all
+workers that use a row hold the same values. Products are computed from each worker's part of the loss and summed over
+workers, densely for the dense part and by `RowExchange` for rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cdr_dist.bilevel.lookup import ResidentRows, perceptron_input
+from cdr_dist.bilevel.neumann import neumann
+from cdr_dist.bilevel.perceptron import BehaviouralPerceptron, normalised
+from cdr_dist.data.batch import Batch
+from cdr_dist.embeddings.exchange import RowExchange
+from cdr_dist.embeddings.tables import ShardedTables
+from cdr_dist.embeddings.workers import reduce_flat, sum_over_workers, world_size
+from cdr_dist.errors import UserError
+from cdr_dist.models.protocol import Backbone, Labels, Output, cross_entropy
+
+ALL_TABLES = "tables"
+DENSE = "dense"
+
+
+@dataclass
+class HypergradientOptions:
+    """How eq. 14 is approximated."""
+
+    terms: int = 3
+    """K of the Neumann series; 0 is the one-step gradient."""
+    alpha: float = 1.0
+    """Step of the series (released: convlr = 1)."""
+    mode: str = "exact"
+    """exact: products are summed over workers; local: each worker its own series, one reduction at the end."""
+    theta: list[str] = field(default_factory=lambda: [DENSE, ALL_TABLES])
+    """What the lower level is taken to optimise: 'dense', 'tables' (all) or names of tables, such as 'user'."""
+    precondition: str = "none"
+    """none: one alpha for all; block: rows and dense layers each scaled by the inverse of their curvature."""
+
+    def __post_init__(self) -> None:
+        if self.terms < 0:
+            raise UserError(f"hypergradient.terms={self.terms}: must not be negative")
+        if self.mode not in ("exact", "local"):
+            raise UserError(f"hypergradient.mode={self.mode}: choose exact or local")
+        if self.precondition not in ("none", "block"):
+            raise UserError(f"hypergradient.precondition={self.precondition}: choose none or block")
+        if not self.theta:
+            raise UserError("hypergradient.theta: name at least one of dense, tables or a table")
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """phi: parameter name -> gradient, equal on all workers. norms: |v_n| of the series, n = 0 .. terms."""
+
+    phi: dict[str, Tensor]
+    norms: Tensor
+
+
+def hypergradient(
+    model: Backbone,
+    perceptron: BehaviouralPerceptron,
+    dev_head: nn.Module | None,
+    tables: ShardedTables,
+    train: Batch,
+    dev: Batch,
+    options: HypergradientOptions,
+) -> Hypergradient:
+    """Eq. 14 for one train and one dev batch. `dev_head` None: the dev loss is that of the model's own target head."""
+    assert isinstance(model, nn.Module)
+    problem = _Problem(model, perceptron, tables, train, options)
+    start = problem.dev_gradient(dev_head, dev)
+    scale = problem.scale() if options.precondition == "block" else None
+    if scale is not None:
+        start = [s * v for s, v in zip(scale, start, strict=True)]
+    scales: Sequence[Tensor | float] = scale if scale is not None else [options.alpha] * len(start)
+    total, norms = neumann(
+        start,
+        problem.hessian_vector,
+        lambda vector: [s * v for s, v in zip(scales, vector, strict=True)],
+        options.terms,
+        problem.norm,
+    )
+    return Hypergradient(problem.mixed(total), torch.stack(norms))
+
+
+class _Problem:
+    """L_train of one batch around the current theta, with its gradient's graph kept for the products."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        perceptron: BehaviouralPerceptron,
+        tables: ShardedTables,
+        train: Batch,
+        options: HypergradientOptions,
+    ) -> None:
+        self._model, self._perceptron, self._tables, self._options = model, perceptron, tables, options
+        self._dtype = next(model.parameters()).dtype
+        self._features = model.spec().features  # type: ignore[operator]
+        self._exact = options.mode == "exact"
+        self._rows = ResidentRows(train.train, self._features).read(tables, self._dtype)
+        self._exchange = self._exchange_of(self._rows)
+        heads = model.heads()  # type: ignore[operator]
+        self._dense = {
+            name: p.detach().requires_grad_(DENSE in options.theta and not name.startswith(heads))
+            for name, p in model.named_parameters()
+        }
+        self._dense_names = [name for name, p in self._dense.items() if p.requires_grad]
+        self._row_names = _tables_of(options.theta, list(self._rows.unique))
+        self._theta = [self._dense[n] for n in self._dense_names] + [self._rows.rows[t] for t in self._row_names]
+        self._train = train
+        copies = self._exchange.copies() if self._exact else {t: None for t in self._row_names}
+        self._copies = [copies[t] for t in self._row_names]
+
+        embedded = self._rows.embedded()
+        item_gradient = perceptron.options.item_gradient
+        seen = perceptron_input(tables, train.read, embedded, item_gradient)
+        self._weights = normalised(perceptron(seen), train.source_valid, perceptron.gamma)
+        # Weights do not depend on theta, so the second-order graph needs them as a leaf only: the perceptron is
+        # differentiated once, at the end. As released (item_gradient) they do, and stay in the graph.
+        self._leaf = self._weights if item_gradient else self._weights.detach().requires_grad_()
+        output = self._call(embedded, train)
+        target, source = model.losses(output, train)  # type: ignore[operator]
+        assert source is not None, "the upper step needs a source loss"
+        loss = (train.weight * target).sum() / train.global_rows + (self._leaf * source).sum()
+        self._gradient = torch.autograd.grad(loss * self._local_factor, self._theta, create_graph=True)
+
+    @property
+    def _local_factor(self) -> int:
+        """In `local` mode each worker's part stands for the whole."""
+        return 1 if self._exact else world_size()
+
+    def dev_gradient(self, dev_head: nn.Module | None, dev: Batch) -> list[Tensor]:
+        """grad_theta L_dev: dense part summed over workers, rows aligned by id with the train batch's rows."""
+        rows = ResidentRows(dev.train, self._features).read(self._tables, self._dtype)
+        output = self._call(rows.embedded(), dev)
+        logit = output.target_logit if dev_head is None else dev_head(output.target_features).squeeze(1)
+        loss = (dev.weight * cross_entropy(logit, dev.label)).sum() / dev.global_rows * self._local_factor
+        dense = [self._dense[n] for n in self._dense_names]
+        named = [t for t in self._row_names if t in rows.rows]
+        found = torch.autograd.grad(loss, [*dense, *(rows.rows[t] for t in named)], allow_unused=True)
+        found = [
+            torch.zeros_like(x) if g is None else g
+            for g, x in zip(found, [*dense, *(rows.rows[t] for t in named)], strict=True)
+        ]
+        by_table = {t: torch.zeros_like(r) for t, r in rows.rows.items()}
+        by_table |= dict(zip(named, found[len(dense) :], strict=True))
+        pulled = self._exchange.pull(self._exchange_of(rows), by_table)
+        summed = reduce_flat(found[: len(dense)]) if self._exact else found[: len(dense)]
+        return [*summed, *(pulled[t] for t in self._row_names)]
+
+    def hessian_vector(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        """H v summed over workers, from the kept graph."""
+        product = torch.autograd.grad(
+            self._gradient, self._theta, grad_outputs=list(vector), retain_graph=True, allow_unused=True
+        )
+        return self._summed(
+            [torch.zeros_like(x) if g is None else g for g, x in zip(product, self._theta, strict=True)]
+        )
+
+    def mixed(self, vector: Sequence[Tensor]) -> dict[str, Tensor]:
+        """-grad_phi (vector . grad_theta L_train), equal on all workers."""
+        names, phi = zip(*self._perceptron.named_parameters(), strict=True)
+        if self._perceptron.options.item_gradient:
+            along = sum((g * v).sum() for g, v in zip(self._gradient, vector, strict=True))
+        else:
+            # d/dw_j of (vector . gradient) is how much behaviour j's loss changes along the vector.
+            (slope,) = torch.autograd.grad(self._gradient, [self._leaf], grad_outputs=list(vector))
+            along = (self._weights * slope).sum()
+        found = torch.autograd.grad(along, phi, allow_unused=True)
+        filled = [torch.zeros_like(p) if g is None else g for g, p in zip(found, phi, strict=True)]
+        summed = reduce_flat(filled)
+        return {n: -g / self._local_factor for n, g in zip(names, summed, strict=True)}
+
+    def norm(self, vector: Sequence[Tensor]) -> Tensor:
+        """|v| over the global theta: a row that several workers hold counts once."""
+        dense, rows = vector[: len(self._dense_names)], vector[len(self._dense_names) :]
+        square = sum((v.square().sum() for v in dense), torch.zeros((), dtype=self._dtype))
+        shared = torch.zeros((), dtype=self._dtype)
+        for v, copies in zip(rows, self._copies, strict=True):
+            shared = shared + (v.square() / copies if copies is not None else v.square()).sum()
+        if self._exact:
+            shared = sum_over_workers(shared.detach())
+        return (square + shared).sqrt().detach()
+
+    def scale(self) -> list[Tensor]:
+        """The diagonal preconditioner: 1 / (curvature of the block), see `docs/biao.md`.
+
+        A row's curvature in a batch mean is its share of the batch times that of one example, so rows are scaled by
+        batch / count first; then each block (a dense layer, a table) is divided by its own curvature, bounded from
+        above by |H d| / |d| along a random direction d of the scaled problem.
+        """
+        weight = self._train.weight / self._train.global_rows * self._local_factor
+        shares = self._rows.counts(weight)
+        if self._exact:
+            shares = {
+                t: s.squeeze(1)
+                for t, s in self._exchange.sum_copies({t: s.unsqueeze(1) for t, s in shares.items()}).items()
+            }
+        dense = [torch.ones_like(x) for x in self._theta[: len(self._dense_names)]]
+        floor = 1.0 / self._train.global_rows
+        rows = [(1.0 / shares[t].clamp(min=floor)).unsqueeze(1).to(self._dtype) for t in self._row_names]
+        first = [*dense, *rows]
+        probe = [s.sqrt() * v for s, v in zip(first, self._directions(), strict=True)]
+        product = self.hessian_vector(probe)
+        return [
+            s / self._block_norm(i, s.sqrt() * h) * self._block_norm(i, v / s.sqrt())
+            for i, (s, v, h) in enumerate(zip(first, probe, product, strict=True))
+        ]
+
+    def _directions(self) -> list[Tensor]:
+        """The dev-independent probe: the train gradient itself, where the batch has curvature."""
+        return self._summed([g.detach() for g in self._gradient])
+
+    def _block_norm(self, index: int, block: Tensor) -> Tensor:
+        square = block.square()
+        if index >= len(self._dense_names):
+            copies = self._copies[index - len(self._dense_names)]
+            square = square / copies if copies is not None else square
+            square = sum_over_workers(square.sum().detach()) if self._exact else square.sum()
+        return square.sum().sqrt().clamp(min=1e-12)
+
+    def _summed(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        if not self._exact:
+            return list(vector)
+        split = len(self._dense_names)
+        rows = {t: torch.zeros_like(r) for t, r in self._rows.rows.items()}
+        rows |= dict(zip(self._row_names, vector[split:], strict=True))
+        exchanged = self._exchange.sum_copies(rows)
+        return [*reduce_flat(list(vector[:split])), *(exchanged[t] for t in self._row_names)]
+
+    def _call(self, embedded: Mapping[str, Tensor], batch: Labels) -> Output:
+        return functional_call(self._model, self._dense, (embedded, batch))
+
+    def _exchange_of(self, rows: ResidentRows) -> RowExchange:
+        return RowExchange(
+            rows.unique, {t: self._tables.rows_per_worker(t) for t in rows.unique}, alone=not self._exact
+        )
+
+
+def _tables_of(theta: Sequence[str], known: list[str]) -> list[str]:
+    for name in theta:
+        if name not in (DENSE, ALL_TABLES, *known):
+            raise UserError(f"hypergradient.theta: '{name}' is neither dense, tables nor one of {', '.join(known)}")
+    return known if ALL_TABLES in theta else [t for t in known if t in theta]

@@ -1,0 +1,69 @@
+"""Rows of a batch as leaves: the second-order part of the project never differentiates through a sharded lookup."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from cdr_dist.bilevel.perceptron import HISTORIES, PerceptronInput, history_items
+from cdr_dist.embeddings.features import Features, ids_by_table, rows_by_feature
+from cdr_dist.embeddings.tables import ShardedTables
+
+
+class ResidentRows:
+    """The unique rows that a batch's training features use: one leaf a table row, however many features share it.
+
+    `unique` table -> int64 [n] sorted ids; `rows` table -> [n, width] leaf.
+    """
+
+    def __init__(self, batch: KeyedJaggedTensor, features: Features) -> None:
+        self._batch, self._features = batch, features
+        self.occurrences = ids_by_table(batch, features)
+        self.unique: dict[str, Tensor] = {}
+        self._place: dict[str, Tensor] = {}
+        for table, ids in self.occurrences.items():
+            self.unique[table], self._place[table] = torch.unique(ids, return_inverse=True)
+        self.rows: dict[str, Tensor] = {}
+
+    def read(self, tables: ShardedTables, dtype: torch.dtype) -> ResidentRows:
+        """Fetches the rows (float32 tables, cast to `dtype`) and makes them leaves."""
+        self.rows = {t: r.to(dtype).requires_grad_() for t, r in tables.read(self.unique).items()}
+        return self
+
+    def embedded(self) -> dict[str, Tensor]:
+        """Feature -> rows [B, width], differentiable with respect to `rows` any number of times.
+
+        index_select and not rows[place]: the latter's backward pass is not bit-stable with several threads.
+        """
+        taken = {
+            t: self.rows[t].index_select(0, place) * (self.occurrences[t] != 0).unsqueeze(1)
+            for t, place in self._place.items()
+        }
+        return rows_by_feature(taken, self._batch, self._features)
+
+    def counts(self, weight: Tensor) -> dict[str, Tensor]:
+        """Table -> [n]: the summed weights of the examples that use each row, on this worker."""
+        found = {}
+        for table, place in self._place.items():
+            repeated = weight.repeat(len(place) // len(weight))
+            found[table] = torch.zeros(len(self.unique[table]), dtype=weight.dtype).index_add_(0, place, repeated)
+        return found
+
+
+def perceptron_input(
+    tables: ShardedTables, histories: KeyedJaggedTensor, embedded: Mapping[str, Tensor], item_gradient: bool
+) -> PerceptronInput:
+    """Looks the histories' unique items up, without gradient, and joins them with the source item of each example."""
+    found = history_items(histories)
+    ids = {f"{d}_{part}": getattr(found[d], part) for d in HISTORIES for part in ("item", "category")}
+    rows = tables.read(ids)
+    item = torch.cat([embedded["source_item"], embedded["source_category"]], dim=1)
+    return PerceptronInput(
+        item=item if item_gradient else item.detach(),
+        history={d: torch.cat([rows[f"{d}_item"], rows[f"{d}_category"]], dim=1).to(item.dtype) for d in HISTORIES},
+        position={d: found[d].position for d in HISTORIES},
+        lengths={d: found[d].lengths for d in HISTORIES},
+    )

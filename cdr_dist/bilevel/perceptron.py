@@ -1,0 +1,136 @@
+"""The behavioural perceptron (BIAO, WWW 2023, eq. 3-8): an importance for every single source behaviour."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from cdr_dist.bilevel.attention import PooledAttention
+from cdr_dist.embeddings.workers import max_over_workers, sum_over_workers
+from cdr_dist.errors import UserError
+
+HISTORIES = ("source", "target")
+
+
+@dataclass
+class PerceptronOptions:
+    """Shape of the perceptron; the released code's is preset=as_released."""
+
+    heads: int = 4
+    global_hidden: list[int] = field(default_factory=list)
+    """Hidden layers of eq. 3; none: a single linear layer, as released."""
+    local_hidden: list[int] = field(default_factory=lambda: [32, 16])
+    """Hidden layers of eq. 7."""
+    gamma: str = "softplus"
+    """softplus, or relu as released (which cannot recover from 0)."""
+    gamma_initial: float = 1.0
+    padding: int | None = None
+    """None: padding is masked. N: histories are filled up to N and padding takes attention mass, as released."""
+    item_gradient: bool = False
+    """As released: the item that enters the global part is not detached."""
+
+    def __post_init__(self) -> None:
+        if self.gamma not in ("softplus", "relu"):
+            raise UserError(f"perceptron.gamma={self.gamma}: choose softplus or relu")
+        if self.gamma_initial <= 0:
+            raise UserError(f"perceptron.gamma_initial={self.gamma_initial}: must be positive")
+
+
+class BehaviouralPerceptron(nn.Module):
+    """Scores gamma_1 * gamma_2 of a batch of source behaviours; `weights` normalises them over the global batch."""
+
+    def __init__(self, width: int, options: PerceptronOptions) -> None:
+        super().__init__()
+        self.options = options
+        inner = options.heads * width
+        self.global_mlp = _mlp(2 * width, options.global_hidden)
+        self.attention = nn.ModuleDict(
+            {d: PooledAttention(2 * width, options.heads, width, options.padding) for d in HISTORIES}
+        )
+        self.local_mlp = _mlp(2 * inner, options.local_hidden)
+        self.gamma_raw = nn.Parameter(torch.empty(()))
+
+    @property
+    def gamma(self) -> Tensor:
+        """The learnable scalar of eq. 8, the sum of a batch's weights."""
+        return functional.softplus(self.gamma_raw) if self.options.gamma == "softplus" else self.gamma_raw.relu()
+
+    def parts(self, seen: PerceptronInput) -> tuple[Tensor, Tensor]:
+        """(gamma_1, gamma_2), each [B]: the global importance (eq. 3) and the user-specific one (eq. 4-7)."""
+        local = [
+            self.attention[d](seen.history[d], seen.position[d], seen.lengths[d], seen.item.detach()) for d in HISTORIES
+        ]
+        return self.global_mlp(seen.item).squeeze(1), self.local_mlp(torch.cat(local, dim=1)).squeeze(1)
+
+    def forward(self, seen: PerceptronInput) -> Tensor:
+        """Scores [B]."""
+        global_part, local_part = self.parts(seen)
+        return global_part * local_part
+
+    def initial_values(self) -> dict[str, Tensor]:
+        start = torch.tensor(self.options.gamma_initial)
+        return {"gamma_raw": start.expm1().log() if self.options.gamma == "softplus" else start}
+
+
+@dataclass(frozen=True)
+class PerceptronInput:
+    """What the perceptron reads, detached from the tables unless `item_gradient` is set.
+
+    item [B, 2d]; for each domain: history [U, 2d] unique items, position [total] -> row of history, lengths [B].
+    """
+
+    item: Tensor
+    history: Mapping[str, Tensor]
+    position: Mapping[str, Tensor]
+    lengths: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class HistoryItems:
+    """The unique items of a batch's histories in one domain: ids to look up, and where each position points."""
+
+    item: Tensor
+    category: Tensor
+    position: Tensor
+    lengths: Tensor
+
+
+def history_items(histories: KeyedJaggedTensor) -> dict[str, HistoryItems]:
+    """Keys {source,target}_history_{item,category} -> unique items of each domain (an item has one category)."""
+    found = {}
+    for domain in HISTORIES:
+        items, categories = histories[f"{domain}_history_item"], histories[f"{domain}_history_category"]
+        unique, position = torch.unique(items.values(), return_inverse=True)
+        category = torch.zeros_like(unique)
+        category[position] = categories.values()
+        found[domain] = HistoryItems(unique, category, position, items.lengths())
+    return found
+
+
+def normalised(score: Tensor, valid: Tensor, gamma: Tensor) -> Tensor:
+    """Eq. 8's sigma: gamma times the softmax over the valid rows of the *global* batch; 0 elsewhere.
+
+    score, valid (bool): [B] of this worker. The maximum only shifts the softmax and is constant; the sum over
+    workers is differentiated, because it couples all behaviours of the batch.
+    """
+    masked = torch.where(valid, score, -torch.inf)
+    highest = masked.detach().max() if len(score) else score.new_tensor(-torch.inf)
+    highest = max_over_workers(highest)
+    shifted = torch.where(valid, score - torch.where(highest.isfinite(), highest, 0.0), 0.0)
+    mass = torch.where(valid, shifted.exp(), 0.0)
+    total = sum_over_workers(mass.sum())
+    return gamma * mass / torch.where(total > 0, total, 1.0)
+
+
+def _mlp(width: int, hidden: Sequence[int]) -> nn.Sequential:
+    sizes = [width, *hidden]
+    layers: list[nn.Module] = []
+    for a, b in itertools.pairwise(sizes):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], 1))

@@ -1,0 +1,270 @@
+"""Stored rows -> a batch: negatives drawn, source behaviours paired, histories cut, ids as KeyedJaggedTensors.
+
+Everything random here is a function of (seed, epoch, example_id, j), so a batch does not depend on the worker that
+builds it, nor on what was built before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from cdr_dist.data import storage
+from cdr_dist.data.dataset import Manifest
+from cdr_dist.data.hashing import integers, key, mix, uniform
+from cdr_dist.data.lists import Lists
+from cdr_dist.data.negatives import draw_negatives
+from cdr_dist.errors import UserError
+
+_EXAMPLE = ["example_id", "user", "item", "category", "label"]
+_CANDIDATES = ["source_candidates_item", "source_candidates_category", "source_candidates_label"]
+_PEERS = ["target_candidates_item", "target_candidates_category", "target_candidates_label", "position"]
+_HISTORIES = [f"{d}_history_{part}" for d in ("target", "source") for part in ("item", "category")]
+
+
+@dataclass
+class Batch:
+    """One worker's part of a global batch; B rows, of which fillers (weight 0) do not count.
+
+    train: the features whose rows train, one id a row. read: histories, ids that are only read (jagged).
+    label, source_label, weight: float32 [B]; source_valid: bool [B]; user, example: int64 [B].
+    example names the stored row: a positive and its negatives share it.
+    """
+
+    train: KeyedJaggedTensor
+    read: KeyedJaggedTensor
+    label: Tensor
+    source_label: Tensor
+    source_valid: Tensor
+    weight: Tensor
+    user: Tensor
+    example: Tensor
+    global_rows: int
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
+        return Batch(**moved, global_rows=self.global_rows)
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """What a batch is made of."""
+
+    negatives: int = 1
+    """Training negatives of each positive (labels by sampled negatives)."""
+    history_length: int = 20
+    """N: the most recent behaviours of a domain that the perceptron sees (the paper: 20 for MiNet, 50 for CoNet)."""
+
+    def __post_init__(self) -> None:
+        if self.negatives < 1:
+            raise UserError(f"batch.negatives={self.negatives}: at least one negative a positive is needed")
+        if self.history_length < 1:
+            raise UserError(f"batch.history_length={self.history_length}: must be at least 1")
+
+
+class BatchBuilder:
+    """Turns stored rows into batches for one dataset. `source`: with source items; `histories`: with histories."""
+
+    def __init__(
+        self, folder: str, manifest: Manifest, options: BatchOptions, seed: int, source: bool, histories: bool
+    ) -> None:
+        self._options, self._seed, self._source, self._histories = options, seed, source, histories
+        self._sampled = manifest.label == "sampled"
+        self._eval_negatives = manifest.eval_negatives
+        self._items = {d: manifest.rows[f"{d}_item"] for d in ("source", "target")}
+        self._category = {
+            d: item_categories(folder, manifest, d) for d in (("source", "target") if source else ("target",))
+        }
+
+    @property
+    def expansion(self) -> int:
+        """Batch rows that one stored training row becomes: itself and its negatives."""
+        return 1 + self._options.negatives if self._sampled else 1
+
+    def columns(self, split: str) -> list[str]:
+        wanted = list(_EXAMPLE)
+        if split == "train":
+            wanted += _PEERS
+        elif self._sampled:
+            wanted.append("negatives_item")
+        if self._source:
+            wanted += _CANDIDATES
+        if self._histories:
+            wanted += _HISTORIES
+        return wanted
+
+    def train(self, table: pa.Table, epoch: int, global_rows: int) -> Batch:
+        """global_rows: stored rows of the global step; the batch counts its negatives too."""
+        stored = _Stored(table)
+        k = self.expansion - 1
+        row, j = _expanded(len(stored), k)
+        item, category = stored["item"][row], stored["category"][row]
+        label = np.where(j > 0, 0.0, stored["label"][row])
+        negative = np.flatnonzero(j > 0)
+        if len(negative):
+            peers = stored.lists("target_candidates_item")
+            item[negative] = draw_negatives(
+                key("negative", self._seed),
+                (epoch, stored["example_id"][row[negative]], j[negative]),
+                row[negative],
+                peers.owner,
+                peers.values,
+                self._items["target"],
+            )
+            category[negative] = self._category["target"][item[negative]]
+        return self._assemble(stored, row, j, item, category, label, epoch, k, global_rows * self.expansion)
+
+    def evaluate(self, table: pa.Table, global_rows: int) -> Batch:
+        """Stored negatives, and a fixed draw of the source behaviour (the one of epoch -1)."""
+        stored = _Stored(table)
+        k = self._eval_negatives if self._sampled else 0
+        row, j = _expanded(len(stored), k)
+        item, category, label = stored["item"][row], stored["category"][row], stored["label"][row].astype(np.float64)
+        negative = np.flatnonzero(j > 0)
+        if len(negative):
+            kept = stored.lists("negatives_item")
+            item[negative] = kept.pick(row[negative], j[negative] - 1)
+            category[negative] = self._category["target"][item[negative]]
+            label[negative] = 0.0
+        return self._assemble(stored, row, j, item, category, label, -1, k, global_rows * (1 + k))
+
+    def _assemble(
+        self,
+        stored: _Stored,
+        row: NDArray,
+        j: NDArray,
+        item: NDArray,
+        category: NDArray,
+        label: NDArray,
+        epoch: int,
+        k: int,
+        global_rows: int,
+    ) -> Batch:
+        features = {"user": stored["user"][row], "target_item": item, "target_category": category}
+        source_label = np.zeros(len(row))
+        valid = np.zeros(len(row), dtype=bool)
+        if self._source:
+            pair = self._pair(stored, row, j, epoch, k)
+            features |= {"source_item": pair.item, "source_category": pair.category}
+            source_label, valid = pair.label, pair.valid
+        histories = {}
+        if self._histories:
+            histories = {n: stored.lists(n).take(row, self._options.history_length) for n in _HISTORIES}
+        if not len(row):  # a worker without rows would crash the lookup and take its peers along
+            features = {n: np.zeros(1, dtype=np.int64) for n in features}
+            histories = {n: Lists(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)) for n in histories}
+        rows = max(len(row), 1)
+        floats = {"label": label, "source_label": source_label, "weight": np.ones(len(row))}
+        return Batch(
+            train=_one_id_a_row(features),
+            read=_jagged(histories, rows),
+            source_valid=_filled(valid, rows, torch.bool),
+            user=_filled(stored["user"][row], rows, torch.int64),
+            example=_filled(stored["example_id"][row], rows, torch.int64),
+            global_rows=global_rows,
+            **{n: _filled(v, rows, torch.float32) for n, v in floats.items()},
+        )
+
+    def _pair(self, stored: _Stored, row: NDArray, j: NDArray, epoch: int, k: int) -> _Pair:
+        """A source behaviour of the same user; with sampled labels it is one with probability 1/(1+k), else a
+        negative item, as often as a target row is."""
+        example = stored["example_id"][row]
+        candidates = stored.lists("source_candidates_item")
+        count = candidates.lengths[row]
+        index = integers(mix(key("pair", self._seed), epoch, example, j), np.maximum(count, 1))
+        item = candidates.pick(row, index).astype(np.int64)
+        category = stored.lists("source_candidates_category").pick(row, index).astype(np.int64)
+        label = stored.lists("source_candidates_label").pick(row, index).astype(np.float64)
+        valid = count > 0
+        if self._sampled and k:
+            coin = uniform(mix(key("source_label", self._seed), epoch, example, j))
+            negative = np.flatnonzero(valid & (coin >= 1.0 / (1 + k)))
+            item[negative] = draw_negatives(
+                key("source_negative", self._seed),
+                (epoch, example[negative], j[negative]),
+                row[negative],
+                candidates.owner,
+                candidates.values,
+                self._items["source"],
+            )
+            category[negative] = self._category["source"][item[negative]]
+            label[negative] = 0.0
+        return _Pair(item, category, label, valid)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    item: NDArray
+    category: NDArray
+    label: NDArray
+    valid: NDArray
+
+
+class _Stored:
+    """Columns of stored rows as numpy arrays and lists, converted once."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+        self._lists: dict[str, Lists] = {}
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, name: str) -> NDArray:
+        values = self._table.column(name).to_numpy()
+        return values.astype(np.int64) if values.dtype.kind == "i" else values
+
+    def lists(self, name: str) -> Lists:
+        if name not in self._lists:
+            self._lists[name] = Lists.of(self._table.column(name))
+        return self._lists[name]
+
+
+def item_categories(folder: str, manifest: Manifest, domain: str) -> NDArray[np.int64]:
+    """The category id of every item id of a domain [rows]."""
+    uri = storage.join(folder, manifest.vocab[f"{domain}_item"].path)
+    table = storage.with_deadline(
+        lambda: pq.read_table(pa.BufferReader(storage.read_bytes(uri)), columns=["id", "category"]), uri
+    )
+    found = np.zeros(manifest.rows[f"{domain}_item"], dtype=np.int64)
+    found[table.column("id").to_numpy()] = table.column("category").to_numpy()
+    return found
+
+
+def _expanded(rows: int, k: int) -> tuple[NDArray, NDArray]:
+    return np.repeat(np.arange(rows), 1 + k), np.tile(np.arange(1 + k), rows)
+
+
+def _filled(values: NDArray, rows: int, dtype: torch.dtype) -> Tensor:
+    if len(values) == rows:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(dtype)
+    return torch.zeros(rows, dtype=dtype)
+
+
+def _one_id_a_row(features: Mapping[str, NDArray]) -> KeyedJaggedTensor:
+    names: Sequence[str] = list(features)
+    values = torch.from_numpy(np.concatenate([features[n] for n in names]).astype(np.int64))
+    return KeyedJaggedTensor(keys=list(names), values=values, lengths=torch.ones(len(values), dtype=torch.int32))
+
+
+def _jagged(lists: Mapping[str, Lists], rows: int) -> KeyedJaggedTensor:
+    if not lists:
+        return KeyedJaggedTensor(
+            keys=[], values=torch.empty(0, dtype=torch.int64), lengths=torch.empty(0, dtype=torch.int32)
+        )
+    values = np.concatenate([lists[n].values for n in lists]).astype(np.int64)
+    lengths = np.concatenate([lists[n].lengths for n in lists]).astype(np.int64)
+    return KeyedJaggedTensor(keys=list(lists), values=torch.from_numpy(values), lengths=torch.from_numpy(lengths))

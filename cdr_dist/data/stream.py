@@ -1,0 +1,113 @@
+"""The stream of a split: this worker's stored rows of global step t, for every t, in any number of epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from cdr_dist.data.lanes import Order, Window, lanes_of
+from cdr_dist.data.shards import ShardReader
+from cdr_dist.errors import UserError
+
+
+@dataclass
+class StreamOptions:
+    """The order of training rows; part of what makes a run repeatable."""
+
+    lanes: int = 8
+    """The most workers a stream can serve; the order depends on it, not on the number of workers."""
+    window: int = 4
+    """Row groups that a lane shuffles together (20,000 rows each)."""
+
+    def __post_init__(self) -> None:
+        if self.lanes < 1 or self.window < 1:
+            raise UserError(f"stream.lanes={self.lanes}, stream.window={self.window}: must be at least 1")
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """The next step that a stream will give: all there is to its state."""
+
+    epoch: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One worker's stored rows of a global step; `global_rows` counts the rows of all workers."""
+
+    table: pa.Table
+    place: Place
+    global_rows: int
+
+
+class Stream:
+    """Endless over epochs. Every worker makes one with its own rank; their rows of a step make the global batch."""
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        rows_per_step: int,
+        options: StreamOptions,
+        seed: int,
+        name: str,
+        rank: int = 0,
+        workers: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        if workers > options.lanes:
+            raise UserError(
+                f"{workers} workers but stream.lanes={options.lanes}: raise stream.lanes or use fewer workers"
+            )
+        self._reader, self._options, self._seed, self._name, self._shuffle = reader, options, seed, name, shuffle
+        self.rows_per_step = rows_per_step
+        self._lanes = lanes_of(rank, workers, options.lanes)
+        self._order = self._order_of(0)
+        self._windows: dict[int, list[Window]] = {}
+        self._loaded: dict[int, tuple[int, pa.Table]] = {}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._order.steps(self.rows_per_step)
+
+    def after(self, place: Place) -> Place:
+        """The place behind one step."""
+        last = place.step + 1 >= self.steps_per_epoch
+        return Place(place.epoch + 1, 0) if last else Place(place.epoch, place.step + 1)
+
+    def read(self, place: Place) -> Rows:
+        """This worker's rows of a step; fast when steps are asked for in order, right in any order."""
+        if place.epoch != self._order.epoch:
+            self._order = self._order_of(place.epoch)
+            self._windows.clear()
+            self._loaded.clear()
+        parts = [part for lane in self._lanes for part in self._take(lane, place.step)]
+        first = place.step * self.rows_per_step
+        count = min(first + self.rows_per_step, self._order.rows) - first
+        empty = self._reader.read(self._order.windows(0)[0].pieces[0]).slice(0, 0) if not parts else None
+        return Rows(pa.concat_tables(parts) if empty is None else empty, place, count)
+
+    def epoch(self, epoch: int = 0) -> Iterator[Rows]:
+        for step in range(self.steps_per_epoch):
+            yield self.read(Place(epoch, step))
+
+    def _take(self, lane: int, step: int) -> Iterator[pa.Table]:
+        start, stop = self._order.span(lane, step, self.rows_per_step)
+        if lane not in self._windows:
+            self._windows[lane] = self._order.windows(lane)
+        for window in self._windows[lane]:
+            a, b = max(start, window.first), min(stop, window.first + window.rows)
+            if a < b:
+                yield self._window(lane, window).slice(a - window.first, b - a)
+
+    def _window(self, lane: int, window: Window) -> pa.Table:
+        if lane not in self._loaded or self._loaded[lane][0] != window.number:
+            rows = pa.concat_tables([self._reader.read(piece) for piece in window.pieces])
+            self._loaded[lane] = (window.number, rows.take(self._order.within(lane, window)).combine_chunks())
+        return self._loaded[lane][1]
+
+    def _order_of(self, epoch: int) -> Order:
+        o = self._options
+        return Order(self._reader.row_groups, o.lanes, o.window, self._seed, self._name, epoch, self._shuffle)

@@ -1,0 +1,37 @@
+"""Features and tables: several features of a batch may read one table, which is then looked up once.
+
+A feature is a key of a KeyedJaggedTensor; `features` maps it to its table. Within a table the features' ids stand
+one after the other, in the order of the KeyedJaggedTensor's keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+Features = Mapping[str, str]
+
+
+def ids_by_table(batch: KeyedJaggedTensor, features: Features) -> dict[str, Tensor]:
+    """int64 ids [n] of each table, all features that read it one after the other."""
+    found: dict[str, list[Tensor]] = {}
+    for name in batch.keys():
+        if name in features:
+            found.setdefault(features[name], []).append(batch[name].values())
+    return {table: torch.cat(parts) if len(parts) > 1 else parts[0] for table, parts in found.items()}
+
+
+def rows_by_feature(rows: Mapping[str, Tensor], batch: KeyedJaggedTensor, features: Features) -> dict[str, Tensor]:
+    """Cuts each table's rows [n, width] into its features' rows, the inverse of `ids_by_table`."""
+    out: dict[str, Tensor] = {}
+    place = dict.fromkeys(rows, 0)
+    for name in batch.keys():
+        table = features.get(name)
+        if table is not None:
+            size = batch[name].values().numel()
+            out[name] = rows[table][place[table] : place[table] + size]
+            place[table] += size
+    return out
