@@ -1,0 +1,23 @@
+"""The table of counts that prepare prints, in the shape of the paper's Table 4."""
+
+from __future__ import annotations
+
+from cdr_dist.data.dataset import SPLITS, Manifest
+
+
+def counts_table(manifest: Manifest) -> str:
+    """Users, items and behaviours of each domain, examples of each split, and what training never saw."""
+    counts = manifest.counts
+    names = (manifest.source_domain, manifest.target_domain)
+    width = max(12, *(len(name) + 2 for name in names))
+    lines = [
+        f"{'':12}{names[0]:>{width}}{names[1]:>{width}}",
+        f"{'role':12}{'source':>{width}}{'target':>{width}}",
+        f"{'users':12}{counts['users']:>{width},}{counts['users']:>{width},}",
+    ]
+    for what in ("items", "behaviours"):
+        lines.append(f"{what:12}" + "".join(f"{counts[f'{role}_{what}']:>{width},}" for role in ("source", "target")))
+    lines += [f"{split:12}{'':{width}}{manifest.examples(split):>{width},}" for split in SPLITS]
+    for split, shares in manifest.unseen.items():
+        lines.append(f"{split}: users that training never saw {shares['user']:.1%}, items {shares['item']:.1%} of rows")
+    return "\n".join(lines)

@@ -1,0 +1,217 @@
+"""Examples of one user partition: for every target behaviour its histories, candidates and negatives."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from cdr_dist.data import hashing, partitions, spill, splits, storage
+from cdr_dist.data.behaviours import Behaviours, Ints, Slices, most_recent
+from cdr_dist.data.dataset import EXAMPLE_SCHEMA, UNKNOWN
+from cdr_dist.data.partitions import Partition
+from cdr_dist.data.shards import Buckets
+from cdr_dist.data.stored_negatives import stored_negatives
+
+TARGET_CANDIDATES = 1000
+CHUNK_BYTES = 1 << 28
+"""Size of the tables that are built at once: rows are cut so that a user with a long history cannot fill memory."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """One partition, and what all partitions together have settled."""
+
+    partition: Partition
+    user_ids: str  # spill files: of the users, by partition
+    items: dict[str, str]  # of each domain's items: item_id, known, id, category_id
+    target_items: int
+    buckets: Buckets
+    scratch: str
+
+
+@dataclass(frozen=True)
+class Built:
+    files: list[str]  # spill files by bucket
+    rows: list[int]  # train, valid, test
+    unknown: list[int]  # rows of each split whose user or item id is unknown
+    unseen_user: list[int]  # rows of each split whose user has no training row
+    unseen_item: list[int]  # rows of each split whose item is in no training row
+
+
+def build(task: Build) -> Built:
+    """Writes one partition's examples, scattered into the buckets of the shuffle."""
+    examples = Examples.read(task)
+    files = []
+    for number, rows in enumerate(examples.chunks()):
+        uri = storage.join(task.scratch, f"{task.partition.number:05d}-{number:05d}.arrow")
+        split = examples.split[rows.start : rows.stop]
+        bucket = task.buckets.of(split, examples.example_id[rows.start : rows.stop])
+        files.append(spill.write(uri, examples.table(rows), bucket, task.buckets.total))
+    return Built(files, *(np.bincount(examples.split[m], minlength=3).tolist() for m in examples.counted()))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The target behaviours of a partition, all arrays in their order, and the user's behaviours around them."""
+
+    task: Build
+    target: Behaviours
+    source: Behaviours
+    split: np.ndarray
+    user_id: np.ndarray  # of each user of the partition: vocabulary id
+    first_example: Ints  # of each user
+    item_trains: np.ndarray  # of each target row: is its item in any training row
+    target_category: np.ndarray  # of each target row, as source_category of each source row
+    source_category: np.ndarray
+
+    @classmethod
+    def read(cls, task: Build) -> Examples:
+        users = pl.DataFrame(pl.from_arrow(spill.read([task.user_ids], task.partition.number)))
+        target, target_items, split = _with_ids(task, "target", users.height)
+        source, source_items, _ = _with_ids(task, "source", users.height)
+        ids = [items["id"].to_numpy().astype(np.int64) for items in (target_items, source_items)]
+        kinds = [items["category_id"].to_numpy() for items in (target_items, source_items)]
+        return cls(
+            task,
+            Behaviours(target.users, target.user, ids[0][target.item], target.timestamp, target.label),
+            Behaviours(source.users, source.user, ids[1][source.item], source.timestamp, source.label),
+            split,
+            users["id"].to_numpy(),
+            users["first_example"].to_numpy().astype(np.int64),
+            target_items["known"].to_numpy()[target.item],
+            kinds[0][target.item],
+            kinds[1][source.item],
+        )
+
+    @cached_property
+    def example_id(self) -> Ints:
+        """Counts the target behaviours in the order of (user key, time): the same however users are partitioned."""
+        return self.first_example[self.target.user] + self.target.place
+
+    @cached_property
+    def limits(self) -> Ints:
+        return splits.validation_times(self.target, self.task.partition.options)
+
+    def counted(self) -> tuple[np.ndarray, ...]:
+        """Masks over the rows: all, unknown user or item, user that never trains, item that never trains."""
+        unknown = (self.user_id[self.target.user] == UNKNOWN) | (self.target.item == UNKNOWN)
+        trains = np.bincount(self.target.user[self.split == splits.TRAIN], minlength=self.target.users) > 0
+        return np.ones(len(self.split), dtype=bool), unknown, ~trains[self.target.user], ~self.item_trains
+
+    @cached_property
+    def target_history(self) -> tuple[np.ndarray, Slices]:
+        """The rows that are history, and the slice of them that is each row's target history."""
+        options, target = self.task.partition.options, self.target
+        if options.history == "train":
+            kept = (target.label > 0) & (self.split == splits.TRAIN)
+            starts = target.where(kept).starts
+            return kept, most_recent(starts[target.user], starts[target.user + 1], options.history_length)
+        kept = target.label > 0
+        starts = target.where(kept).starts
+        return kept, most_recent(starts[target.user], np.cumsum(kept) - kept, options.history_length)
+
+    @cached_property
+    def source_history(self) -> tuple[np.ndarray, Slices]:
+        """As `target_history`, of source behaviours strictly before this one (or before validation)."""
+        options, kept = self.task.partition.options, self.source.label > 0
+        positives = self.source.where(kept)
+        times = self.limits[self.target.user] if options.history == "train" else self.target.timestamp
+        ends = positives.first_not_before(self.target.user, times)
+        return kept, most_recent(positives.starts[self.target.user], ends, options.history_length)
+
+    @cached_property
+    def source_candidates(self) -> tuple[np.ndarray, Slices]:
+        """A user's source behaviours strictly before validation, sampled down where there are too many."""
+        options, source = self.task.partition.options, self.source
+        kept = source.timestamp < self.limits[source.user]
+        many = kept & (np.bincount(source.user[kept], minlength=source.users) > options.candidates)[source.user]
+        rows = np.flatnonzero(many)
+        bits = hashing.mix(
+            hashing.key(options.seed, "candidates"), self.first_example[source.user[rows]], source.place[rows]
+        )
+        drawn = rows[np.lexsort((bits, source.user[rows]))]
+        place = np.arange(len(drawn)) - np.searchsorted(source.user[drawn], source.user[drawn])
+        kept[drawn[place >= options.candidates]] = False
+        starts = source.where(kept).starts
+        return kept, Slices(starts[self.target.user], starts[self.target.user + 1])
+
+    @cached_property
+    def target_candidates(self) -> tuple[np.ndarray, Slices]:
+        """A user's training behaviours, the most recent 1,000."""
+        kept = self.split == splits.TRAIN
+        starts = self.target.where(kept).starts
+        return kept, most_recent(starts[self.target.user], starts[self.target.user + 1], TARGET_CANDIDATES)
+
+    @cached_property
+    def position(self) -> np.ndarray:
+        kept, slices = self.target_candidates
+        place = np.cumsum(kept) - kept - slices.starts
+        return np.where(kept, np.maximum(place, -1), -1).astype(np.int32)
+
+    @cached_property
+    def _row_bytes(self) -> Ints:
+        weights = ((self.target_history, 8), (self.source_history, 8), (self.source_candidates, 20))
+        return 64 + sum(w * s.lengths for (_, s), w in (*weights, (self.target_candidates, 12)))
+
+    def chunks(self) -> Iterator[range]:
+        """Ranges of rows whose tables are about CHUNK_BYTES each."""
+        chunk = np.cumsum(self._row_bytes) // CHUNK_BYTES
+        bounds = [0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(chunk)]
+        return (range(a, b) for a, b in itertools.pairwise(bounds) if b > a)
+
+    def table(self, rows: range) -> pa.Table:
+        """The examples (EXAMPLE_SCHEMA) of a range of rows."""
+        cut = slice(rows.start, rows.stop)
+        target, source = self.target, self.source
+        columns = {
+            "example_id": self.example_id[cut],
+            "user": self.user_id[target.user[cut]],
+            "item": target.item[cut].astype(np.int32),
+            "category": self.target_category[cut],
+            "label": target.label[cut],
+            "timestamp": target.timestamp[cut],
+            "position": self.position[cut],
+            "negatives_item": self._negatives(cut),
+        }
+        of_target = {"item": target.item, "category": self.target_category, "label": target.label}
+        of_source = {"item": source.item, "category": self.source_category, "label": source.label}
+        for name, values in (
+            ("target_history", of_target),
+            ("source_history", of_source),
+            ("source_candidates", of_source | {"timestamp": source.timestamp}),
+            ("target_candidates", of_target),
+        ):
+            kept, slices = getattr(self, name)
+            part = slices.rows(rows.start, rows.stop)
+            for of, flat in values.items():
+                if f"{name}_{of}" in EXAMPLE_SCHEMA.names:
+                    wanted = EXAMPLE_SCHEMA.field(f"{name}_{of}").type.value_type.to_pandas_dtype()
+                    columns[f"{name}_{of}"] = part.of(flat[kept].astype(wanted))
+        return pa.table({name: columns[name] for name in EXAMPLE_SCHEMA.names}, schema=EXAMPLE_SCHEMA)
+
+    def _negatives(self, cut: slice) -> pa.ListArray:
+        options, evaluated = self.task.partition.options, self.split[cut] != splits.TRAIN
+        count = options.stored_negatives
+        drawn = np.zeros(0, dtype=np.int64)
+        if count:
+            user, example_id = self.target.user[cut][evaluated], self.example_id[cut][evaluated]
+            positives = self.target.where(self.target.label > 0)
+            drawn = stored_negatives(options.seed, user, example_id, positives, self.task.target_items, count).ravel()
+        ends = np.cumsum(evaluated * count)
+        return Slices(ends - evaluated * count, ends).of(drawn.astype(np.int32))
+
+
+def _with_ids(task: Build, domain: str, users: int) -> tuple[Behaviours, pl.DataFrame, np.ndarray]:
+    """Ordered rows, the domain's items as numbered in this partition with their global ids, and the rows' split."""
+    rows = partitions.read_ordered(task.partition, domain)
+    own = partitions.read_ordered(task.partition, f"{domain}_items").select("item_id")
+    everywhere = pl.DataFrame(pl.from_arrow(spill.read([task.items[domain]], 0)))
+    items = own.join(everywhere, on="item_id", how="left", maintain_order="left")
+    split = rows["split"].to_numpy() if "split" in rows.columns else np.zeros(0, dtype=np.int8)
+    return partitions.behaviours(rows, users), items, split

@@ -1,0 +1,141 @@
+"""Interactions: one row for one behaviour, checked and typed, from the batches of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from cdr_dist.data.prepare_options import PrepareOptions
+from cdr_dist.data.sources import table
+from cdr_dist.errors import UserError
+
+SCHEMA = {
+    "user_id": pl.String,
+    "item_id": pl.String,
+    "timestamp": pl.Int64,  # seconds, or any whole number that orders
+    "label": pl.Float32,
+    "category": pl.String,  # null where the log names none
+}
+
+
+def needed_columns(options: PrepareOptions, found: list[str], has_item_file: bool) -> dict[str, str]:
+    """`option -> column` of a log. The default category column is left out where the log does not have it."""
+    columns = options.columns
+    needed = {f"columns.{name}": getattr(columns, name) for name in ("user", "item", "timestamp")}
+    if options.labels == "rating":
+        needed["columns.rating"] = columns.rating
+    optional = columns.category == type(columns)().category and columns.category not in found
+    if not has_item_file and not optional:
+        needed["columns.category"] = columns.category
+    return needed
+
+
+def read(uri: str, options: PrepareOptions, has_item_file: bool) -> Iterator[pl.DataFrame]:
+    """The interactions (`SCHEMA`) of one file in file order; duplicates are kept, each is a behaviour.
+
+    UserError: unreadable file, missing column, an empty id, a rating or timestamp that is not a number.
+    """
+    needed = needed_columns(options, table.column_names(uri), has_item_file)
+    table.require_columns(uri, needed)
+    for first, batch in table.first_rows(table.batches(uri, sorted(set(needed.values()))), uri):
+        yield _typed(batch, needed, options, _Place(uri, first))
+
+
+class _Place:
+    """Says where in a file the row at an index of the current batch stands."""
+
+    def __init__(self, uri: str, first: int) -> None:
+        self.uri, self.first = uri, first
+
+    def error(self, bad: pl.Series, message: str, values: pl.Series | None = None) -> UserError:
+        index = int(bad.arg_max() or 0)
+        unit = "line" if table.is_text(self.uri) else "row"
+        shown = "" if values is None or values[index] in (None, "") else f" '{values[index]}'"
+        return UserError(f"{self.uri}: {unit} {self.first + index}: " + message.format(shown or " (empty)"))
+
+
+def _typed(batch: pa.RecordBatch, needed: dict[str, str], options: PrepareOptions, place: _Place) -> pl.DataFrame:
+    raw = pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch])))
+    columns = {option.removeprefix("columns."): raw[name] for option, name in needed.items()}
+    ratings = _ratings(columns["rating"], place) if "rating" in columns else None
+    labels = pl.repeat(1.0, raw.height, eager=True) if ratings is None else (ratings > options.threshold)
+    categories = columns.get("category", pl.repeat(None, raw.height, dtype=pl.String, eager=True))
+    return pl.DataFrame(
+        {
+            "user_id": _ids(columns["user"], "user", place),
+            "item_id": _ids(columns["item"], "item", place),
+            "timestamp": _timestamps(columns["timestamp"], place),
+            "label": labels.cast(pl.Float32),
+            "category": _or_null(categories.cast(pl.String)),
+        },
+        schema=SCHEMA,
+    )
+
+
+def _or_null(text: pl.Series) -> pl.Series:
+    return pl.select(pl.when(text != "").then(text)).to_series()
+
+
+def _ids(values: pl.Series, what: str, place: _Place) -> pl.Series:
+    if values.dtype.is_float():
+        raise UserError(f"{place.uri}: column '{values.name}' holds fractions; a {what}'s id is text or a whole number")
+    ids = values.cast(pl.String)
+    empty = ids.is_null() | (ids == "").fill_null(True)
+    if empty.any():
+        raise place.error(empty, f"the {what} is empty")
+    return ids
+
+
+def _timestamps(values: pl.Series, place: _Place) -> pl.Series:
+    if values.dtype.is_temporal():
+        values = values.cast(pl.Datetime("us")).dt.epoch("s")
+    whole = values.cast(pl.Int64, strict=False)
+    if values.dtype.is_integer() and not whole.has_nulls():
+        return whole
+    if whole.has_nulls() or values.dtype.is_float():  # 1318896000.0 is a whole number as well
+        numbers = values.cast(pl.Float64, strict=False)
+        from_float = numbers.cast(pl.Int64, strict=False)
+        exact = (from_float == numbers) & (numbers.abs() < 2**53)
+        whole = pl.select(pl.coalesce(pl.when(exact).then(from_float), None if values.dtype.is_float() else whole))
+        whole = whole.to_series()
+    if whole.has_nulls():
+        raise place.error(whole.is_null(), "timestamp{} is not a whole number", values)
+    return whole
+
+
+def _ratings(values: pl.Series, place: _Place) -> pl.Series:
+    numbers = values.cast(pl.Float64, strict=False)
+    bad = ~numbers.is_finite().fill_null(False)
+    if bad.any():
+        raise place.error(bad, "rating{} is not a number", values)
+    return numbers
+
+
+def user_bucket(user_ids: pl.Series, buckets: int) -> np.ndarray:
+    """The partition of each user, 0..buckets-1: equal for equal ids, on every worker of one run."""
+    return (user_ids.hash(seed=0) % buckets).to_numpy().astype(np.int64)
+
+
+def check_item_file(uri: str, options: PrepareOptions) -> None:
+    """UserError: missing, unreadable, not one file, or without the columns."""
+    if table.files(uri) != [uri]:
+        raise UserError(f"{uri}: the items of a domain stand in one file")
+    columns = options.item_columns
+    table.require_columns(uri, {"item_columns.item": columns.item, "item_columns.category": columns.category})
+
+
+def category_of_items(uri: str, options: PrepareOptions) -> pl.DataFrame:
+    """`item_id, category` of an item file; of an item listed twice, the first line counts.
+
+    UserError: unreadable file, an empty item id.
+    """
+    columns = options.item_columns
+    parts = [pl.DataFrame(schema={"item_id": pl.String, "category": pl.String})]
+    for first, batch in table.first_rows(table.batches(uri, [columns.item, columns.category]), uri):
+        raw = pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch])))
+        ids = _ids(raw[columns.item], "item", _Place(uri, first))
+        parts.append(pl.DataFrame({"item_id": ids, "category": _or_null(raw[columns.category].cast(pl.String))}))
+    return pl.concat(parts).unique("item_id", keep="first", maintain_order=True)

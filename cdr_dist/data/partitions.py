@@ -1,0 +1,138 @@
+"""From raw logs to user partitions: read and scatter by user, then order, split and list what occurs in each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from cdr_dist.data import interactions, spill, splits, storage
+from cdr_dist.data.behaviours import Behaviours
+from cdr_dist.data.prepare_options import PrepareOptions
+
+SPILL_ROWS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Log:
+    """One file of a domain's log, to be scattered."""
+
+    uri: str
+    has_item_file: bool
+    partitions: int
+    scratch: str  # the folder of this file's spill files
+    options: PrepareOptions
+
+
+def scatter(log: Log) -> list[str]:
+    """Reads one file and scatters its interactions by user. Returns the spill files, in file order."""
+    return [
+        spill.write(
+            storage.join(log.scratch, f"{number:05d}.arrow"),
+            rows.to_arrow(compat_level=pl.CompatLevel.oldest()),
+            interactions.user_bucket(rows["user_id"], log.partitions),
+            log.partitions,
+        )
+        for number, rows in enumerate(_pieces(log))
+    ]
+
+
+def _pieces(log: Log) -> Iterator[pl.DataFrame]:
+    pending: list[pl.DataFrame] = []
+    for batch in interactions.read(log.uri, log.options, log.has_item_file):
+        pending.append(batch)
+        if sum(b.height for b in pending) >= SPILL_ROWS:
+            yield pl.concat(pending)
+            pending = []
+    if pending:
+        yield pl.concat(pending)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One user partition, to be ordered."""
+
+    number: int
+    source: list[str]  # spill files
+    target: list[str]
+    scratch: str
+    options: PrepareOptions
+
+    def file(self, name: str) -> str:
+        """Of this partition: `source` and `target` (ordered), `users`, `source_items` and `target_items`."""
+        return storage.join(self.scratch, name, f"{self.number:05d}.arrow")
+
+
+@dataclass(frozen=True)
+class PartitionCounts:
+    users: int
+    source_behaviours: int
+    target_behaviours: int
+    splits: list[int]  # target behaviours of train, valid, test
+
+
+def order(partition: Partition) -> PartitionCounts:
+    """Orders one partition by (user, timestamp, input row), splits it and writes what occurs in it.
+
+    Users are numbered in the order of their ids, items of a domain likewise, both within the partition.
+    """
+    options = partition.options
+    source, target = (_interactions(files, partition.number) for files in (partition.source, partition.target))
+    kept = target.select("user_id").unique()
+    if options.users == "both":
+        kept = kept.join(source.select("user_id").unique(), on="user_id", how="semi")
+    users = kept.sort("user_id").with_row_index("user")
+    source, source_items = _ordered(source, users)
+    target, target_items = _ordered(target, users)
+    source_rows, target_rows = behaviours(source, users.height), behaviours(target, users.height)
+
+    split = splits.split_of_behaviours(target_rows, options)
+    trains = split == splits.TRAIN
+    limits = splits.validation_times(target_rows, options)
+    seen = source_rows.timestamp < limits[source_rows.user]
+    user_known = np.zeros(users.height, dtype=bool)
+    user_known[target_rows.user[trains]] = True
+    user_known[source_rows.user[seen]] = True
+
+    outputs = {
+        "source": source,
+        "target": target.with_columns(split=split),
+        "users": users.with_columns(behaviours=target_rows.of_user, known=user_known),
+        "source_items": source_items.with_columns(known=_flag(source_rows.item[seen], source_items.height)),
+        "target_items": target_items.with_columns(known=_flag(target_rows.item[trains], target_items.height)),
+    }
+    for name, rows in outputs.items():
+        spill.write_all(partition.file(name), rows.to_arrow(compat_level=pl.CompatLevel.oldest()))
+    return PartitionCounts(users.height, source.height, target.height, np.bincount(split, minlength=3).tolist())
+
+
+def _interactions(files: list[str], number: int) -> pl.DataFrame:
+    return pl.DataFrame(pl.from_arrow(spill.read(files, number))) if files else pl.DataFrame(schema=interactions.SCHEMA)
+
+
+def _ordered(rows: pl.DataFrame, users: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    rows = rows.join(users, on="user_id", how="inner", maintain_order="left")
+    # A log may name several categories for an item: the least by bytes, so that no order of reading matters.
+    items = rows.group_by("item_id").agg(pl.col("category").min()).sort("item_id").with_row_index("item")
+    rows = rows.join(items.select("item_id", "item"), on="item_id", how="left", maintain_order="left")
+    rows = rows.select("user", "item", "timestamp", "label")
+    return rows.sort("user", "timestamp", maintain_order=True), items.drop("item")
+
+
+def _flag(numbers: np.ndarray, size: int) -> np.ndarray:
+    flags = np.zeros(size, dtype=bool)
+    flags[numbers] = True
+    return flags
+
+
+def behaviours(rows: pl.DataFrame, users: int) -> Behaviours:
+    """The columns user, item, timestamp and label of ordered rows as arrays."""
+    user, item, timestamp = (rows[name].to_numpy().astype(np.int64) for name in ("user", "item", "timestamp"))
+    return Behaviours(users, user, item, timestamp, rows["label"].to_numpy())
+
+
+def read_ordered(partition: Partition, name: str) -> pl.DataFrame:
+    """What `order` wrote under a name."""
+    return pl.DataFrame(pl.from_arrow(spill.read([partition.file(name)], 0)))

@@ -1,0 +1,267 @@
+"""Prepare: the logs of two domains -> a dataset folder.
+
+    scatter   every log file into user partitions (scratch)
+    order     every partition: by user and time; splits; what occurs
+    number    the vocabularies of all partitions
+    build     every partition's examples, into the buckets of the shuffle (scratch)
+    write     every shard; the manifest last
+
+The dataset appears at `out` as a whole or not at all: it grows in a folder beside it, `OUT.unfinished-…`, which also
+holds the scratch files and is removed at the end, after a failure too. The same options over the same logs give the
+same bytes, whatever the number of partitions and workers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import polars as pl
+
+from cdr_dist.data import examples, interactions, partitions, shards, spill, storage, vocabularies
+from cdr_dist.data.dataset import FIRST_ID, SPLITS, Manifest, Shard, read_manifest
+from cdr_dist.data.partitions import Partition, PartitionCounts
+from cdr_dist.data.prepare_options import PrepareOptions, options_from_words
+from cdr_dist.data.sources import table
+from cdr_dist.data.tasks import run_tasks
+from cdr_dist.data.vocabularies import Items
+from cdr_dist.errors import UserError
+
+__all__ = ["PrepareOptions", "check", "options_from_words", "prepare"]
+
+log = logging.getLogger(__name__)
+
+PARTITION_BYTES = 64 << 20
+MOST_PARTITIONS = 1024
+COMPRESSION = 4
+"""Bytes of text for a byte of .gz or Parquet, about."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the options name, found and measured."""
+
+    files: dict[str, list[str]]  # role -> files of the log
+    bytes: dict[str, int]  # role -> of all its files
+    domains: dict[str, str]
+    partitions: int
+
+
+def check(options: PrepareOptions) -> Manifest | None:
+    """Checks inputs, columns and the output folder; writes nothing. Returns the dataset that is there already.
+
+    UserError: a missing or unreadable input, a missing column, an output folder that cannot be used.
+    """
+    inputs = _inputs(options)
+    return _existing(options, inputs)
+
+
+def prepare(options: PrepareOptions) -> Manifest:
+    """Writes the dataset and returns its manifest; one that is there already with the same options is kept.
+
+    UserError: as `check`, and what reading the logs brings up.
+    """
+    inputs = _inputs(options)
+    if (there := _existing(options, inputs)) is not None:
+        log.info("%s is there already, with the same options", options.out)
+        return there
+    work = _work_folder(options, inputs)
+    try:
+        manifest = _prepare(options, inputs, work)
+        storage.move_folder(storage.join(work, "dataset"), options.out.rstrip("/"), last="manifest.json")
+    finally:
+        storage.remove_folder(work)
+    return manifest
+
+
+def _inputs(options: PrepareOptions) -> Inputs:
+    files = {role: table.files(getattr(options, role)) for role in ("source", "target")}
+    domains = {role: getattr(options, f"{role}_domain") or table.domain_name(getattr(options, role)) for role in files}
+    if domains["source"] == domains["target"]:
+        raise UserError(f"both domains are named {domains['source']}: give source_domain= or target_domain=")
+    for role, uris in files.items():
+        item_file = getattr(options, f"{role}_items")
+        for uri in uris:
+            needed = interactions.needed_columns(options, table.column_names(uri), bool(item_file))
+            table.require_columns(uri, needed)
+        if item_file:
+            interactions.check_item_file(item_file, options)
+    sizes = {uri: storage.size(uri) for uris in files.values() for uri in uris}
+    text = sum(size if uri.endswith(tuple(table.SEPARATORS)) else COMPRESSION * size for uri, size in sizes.items())
+    count = options.partitions or min(MOST_PARTITIONS, -(-text // PARTITION_BYTES))
+    return Inputs(files, {role: sum(sizes[u] for u in uris) for role, uris in files.items()}, domains, max(1, count))
+
+
+def _recorded(options: PrepareOptions, inputs: Inputs) -> dict[str, Any]:
+    """What the manifest says of the options: those that decide the content, and the size of the logs."""
+    return options.content() | {f"{role}_bytes": size for role, size in inputs.bytes.items()}
+
+
+def _existing(options: PrepareOptions, inputs: Inputs) -> Manifest | None:
+    if storage.is_empty(options.out):
+        return None
+    if not storage.exists(storage.join(options.out, "manifest.json")):
+        raise UserError(f"{options.out}: exists and is not a dataset; choose another out=")
+    manifest = read_manifest(options.out)
+    wanted = _recorded(options, inputs)
+    differ = [name for name in wanted if manifest.options.get(name) != wanted[name]]
+    if differ:
+        what = "; ".join(f"{name} {manifest.options.get(name)}, now {wanted[name]}" for name in differ)
+        raise UserError(f"{options.out}: holds a dataset of other options ({what}); choose another out=")
+    return manifest
+
+
+def _work_folder(options: PrepareOptions, inputs: Inputs) -> str:
+    """Named by the options: what a killed run left is found, and overwritten, by the same run started again."""
+    name = storage.sha256(json.dumps(_recorded(options, inputs), sort_keys=True).encode())[:12]
+    return f"{options.out.rstrip('/')}.unfinished-{name}"
+
+
+def _prepare(options: PrepareOptions, inputs: Inputs, work: str) -> Manifest:
+    with _stage("read the logs"):
+        parts = _scatter(options, inputs, work)
+    with _stage("ordered and split"):
+        counted = run_tasks(partitions.order, parts, options.workers)
+        _check_counts(options, counted)
+    with _stage("numbered"):
+        users, items = _number(options, parts)
+    with _stage("built the examples"):
+        builds, buckets = _builds(parts, counted, users, items, work)
+        built = run_tasks(examples.build, builds, options.workers)
+    with _stage("wrote the shards"):
+        folder = storage.join(work, "dataset")
+        written = _write_shards(folder, buckets, built, options.workers)
+        manifest = _manifest(options, inputs, counted, built, written, _write_vocabularies(folder, users, items))
+        storage.write_bytes(storage.join(folder, "manifest.json"), manifest.to_json().encode())
+    return manifest
+
+
+@contextmanager
+def _stage(name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    log.info("%s: %.1f s", name, time.perf_counter() - start)
+
+
+def _scatter(options: PrepareOptions, inputs: Inputs, work: str) -> list[Partition]:
+    logs = [
+        partitions.Log(
+            uri,
+            bool(getattr(options, f"{role}_items")),
+            inputs.partitions,
+            storage.join(work, "interactions", role, f"{number:05d}"),
+            options,
+        )
+        for role, uris in inputs.files.items()
+        for number, uri in enumerate(uris)
+    ]
+    scattered = run_tasks(partitions.scatter, logs, options.workers)
+    n_source = len(inputs.files["source"])
+    source, target = (list(chain.from_iterable(part)) for part in (scattered[:n_source], scattered[n_source:]))
+    ordered = storage.join(work, "ordered")
+    return [Partition(number, source, target, ordered, options) for number in range(inputs.partitions)]
+
+
+def _check_counts(options: PrepareOptions, counted: list[PartitionCounts]) -> None:
+    if not sum(c.users for c in counted):
+        where = "in both logs" if options.users == "both" else "in the target log"
+        raise UserError(f"no user {where} ({options.source}, {options.target}): nothing to prepare")
+    rows = _sum([c.splits for c in counted])
+    if options.split == "leave_last" and not rows[2]:
+        raise UserError("no user has 3 target behaviours, which split=leave_last needs: training, validation and test")
+    if not rows[0]:
+        raise UserError(f"no target behaviour before valid_from={options.valid_from}: nothing to train on")
+
+
+def _sum(lists: list[list[int]]) -> list[int]:
+    return [sum(column) for column in zip(*lists, strict=True)]
+
+
+def _number(options: PrepareOptions, parts: list[Partition]) -> tuple[pl.DataFrame, dict[str, Items]]:
+    train_only = options.vocab == "train"
+    items = {}
+    for role in ("source", "target"):
+        uri = getattr(options, f"{role}_items")
+        categories = interactions.category_of_items(uri, options) if uri else None
+        items[role] = vocabularies.merge_items(parts, role, categories, train_only)
+    return vocabularies.merge_users(parts, train_only), items
+
+
+def _builds(
+    parts: list[Partition], counted: list[PartitionCounts], users: pl.DataFrame, items: dict[str, Items], work: str
+) -> tuple[list[examples.Build], shards.Buckets]:
+    options = parts[0].options
+    user_ids = vocabularies.spill_users(storage.join(work, "ids", "users.arrow"), users, len(parts))
+    item_ids = {}
+    for role, of_role in items.items():
+        columns = of_role.items.select("item_id", "known", "id", "category_id")
+        rows = columns.to_arrow(compat_level=pl.CompatLevel.oldest())
+        item_ids[role] = spill.write_all(storage.join(work, "ids", f"{role}.arrow"), rows)
+    buckets = shards.Buckets.for_rows(options.seed, _sum([c.splits for c in counted]), options.rows_per_shard)
+    target_items, scratch = items["target"].known.height, storage.join(work, "examples")
+    return [examples.Build(p, user_ids, item_ids, target_items, buckets, scratch) for p in parts], buckets
+
+
+def _write_shards(
+    folder: str, buckets: shards.Buckets, built: list[examples.Built], workers: int
+) -> dict[str, list[Shard]]:
+    files = [file for one in built for file in one.files]
+    tasks = [
+        shards.ShardTask(folder, split, number, buckets, files)
+        for split in range(len(SPLITS))
+        for number in range(buckets.shards[split])
+    ]
+    written: dict[str, list[Shard]] = {split: [] for split in SPLITS}
+    for task, shard in zip(tasks, run_tasks(shards.write_shard, tasks, workers), strict=True):
+        written[SPLITS[task.split]].append(shard)
+    return written
+
+
+def _write_vocabularies(folder: str, users: pl.DataFrame, items: dict[str, Items]) -> dict[str, Shard]:
+    rows = {"user": (users.filter(pl.col("id") >= FIRST_ID), "user_id")}
+    for role, of_role in items.items():
+        rows[f"{role}_item"] = (of_role.known, "item_id")
+        rows[f"{role}_category"] = (of_role.categories, "key")
+    return {name: vocabularies.write_vocabulary(folder, name, kept, key) for name, (kept, key) in rows.items()}
+
+
+def _manifest(
+    options: PrepareOptions,
+    inputs: Inputs,
+    counted: list[PartitionCounts],
+    built: list[examples.Built],
+    written: dict[str, list[Shard]],
+    vocab: dict[str, Shard],
+) -> Manifest:
+    rows = _sum([b.rows for b in built])
+
+    def shares(of: str) -> list[float]:
+        return [part / max(1, all_) for part, all_ in zip(_sum([getattr(b, of) for b in built]), rows, strict=True)]
+
+    user, item = shares("unseen_user"), shares("unseen_item")
+    return Manifest(
+        source_domain=inputs.domains["source"],
+        target_domain=inputs.domains["target"],
+        seed=options.seed,
+        label=options.labels,
+        eval_negatives=options.stored_negatives,
+        rows={name: shard.rows + FIRST_ID for name, shard in vocab.items()},
+        counts={
+            "users": sum(c.users for c in counted),
+            "source_items": vocab["source_item"].rows,
+            "source_behaviours": sum(c.source_behaviours for c in counted),
+            "target_items": vocab["target_item"].rows,
+            "target_behaviours": sum(c.target_behaviours for c in counted),
+        },
+        unseen={split: {"user": user[i], "item": item[i]} for i, split in enumerate(SPLITS) if split != "train"},
+        unknown=dict(zip(SPLITS, shares("unknown"), strict=True)),
+        shards=written,
+        vocab=vocab,
+        options=_recorded(options, inputs),
+    )

@@ -1,0 +1,117 @@
+"""format=table: csv, tsv (each plain or .gz) and Parquet, read as a stream from any place fsspec knows.
+
+A tsv is taken as it stands, without quoting; a csv may quote fields with `"`. The first line names the columns.
+Text columns arrive as text, so an id such as 0012 keeps its zeros; Parquet columns arrive in their own types.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
+
+from cdr_dist.data import storage
+from cdr_dist.errors import UserError
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+KINDS = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+BLOCK_BYTES = 1 << 24
+BATCH_ROWS = 1 << 18
+HEADER_BYTES = 1 << 16
+
+
+def is_text(uri: str) -> bool:
+    return not uri.endswith(".parquet")
+
+
+def domain_name(uri: str) -> str:
+    """`logs/beauty.inter.tsv.gz` -> `beauty`: the file's name without the endings of its format."""
+    name = uri.rstrip("/").rsplit("/", 1)[-1]
+    for ending in (".gz", ".csv", ".tsv", ".parquet", ".inter"):
+        name = name.removesuffix(ending)
+    return name
+
+
+def files(uri: str) -> list[str]:
+    """The files of a log in order: one file, all in a folder, or all that match a pattern with `*`.
+
+    UserError: nothing there, or a file whose ending is none of `KINDS`.
+    """
+    fs, path = storage.locate(uri)
+    if storage.with_deadline(lambda: fs.isdir(path), uri):
+        found = [p for p in storage.with_deadline(lambda: fs.find(path), uri) if p.endswith(KINDS)]
+    elif "*" in path:
+        found = storage.with_deadline(lambda: fs.glob(path), uri)
+    else:
+        found = [path] if storage.with_deadline(lambda: fs.exists(path), uri) else []
+    if not found:
+        raise UserError(f"{uri}: not found")
+    uris = [uri] if found == [path] else sorted(fs.unstrip_protocol(p).removeprefix("file://") for p in found)
+    for one in uris:
+        if not one.endswith(KINDS):
+            raise UserError(f"{one}: unknown kind of file; known endings: {', '.join(KINDS)}")
+    return uris
+
+
+def column_names(uri: str) -> list[str]:
+    """The columns of one file. UserError where it cannot be read or has no header."""
+    return storage.with_deadline(lambda: _column_names(uri), uri)
+
+
+def _column_names(uri: str) -> list[str]:
+    with storage.open_input(uri) as file:
+        if not is_text(uri):
+            return list(pq.ParquetFile(file).schema_arrow.names)
+        head = _decompressed(uri, file).read(HEADER_BYTES)
+        line = io.BytesIO(head.split(b"\n", 1)[0] + b"\n")
+        return csv.read_csv(line, parse_options=_dialect(uri)).column_names
+
+
+def batches(uri: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """The named columns, in file order. UserError naming the file where it is damaged, or stalls."""
+    with storage.open_input(uri) as file:
+        stream = _text_batches(uri, file, columns) if is_text(uri) else _parquet_batches(file, columns)
+        while (batch := storage.with_deadline(lambda: next(stream, None), uri)) is not None:
+            yield batch
+
+
+def _text_batches(uri: str, file: Any, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    yield from csv.open_csv(
+        _decompressed(uri, file),
+        read_options=csv.ReadOptions(block_size=BLOCK_BYTES),
+        parse_options=_dialect(uri),
+        convert_options=csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pa.string())),
+    )
+
+
+def _parquet_batches(file: Any, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    yield from pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS, columns=columns)
+
+
+def _decompressed(uri: str, file: Any) -> Any:
+    return pa.CompressedInputStream(file, "gzip") if uri.endswith(".gz") else file
+
+
+def _dialect(uri: str) -> csv.ParseOptions:
+    ending = next(e for e in SEPARATORS if uri.removesuffix(".gz").endswith(e))
+    return csv.ParseOptions(delimiter=SEPARATORS[ending], quote_char='"' if ending == ".csv" else False)
+
+
+def require_columns(uri: str, needed: dict[str, str]) -> None:
+    """Checks that a file has columns; `needed` maps option -> column. UserError lists what was found."""
+    found = column_names(uri)
+    for option, column in needed.items():
+        if column not in found:
+            raise UserError(f"{uri}: no column '{column}' ({option}=); found: {', '.join(found)}")
+
+
+def first_rows(stream: Iterator[pa.RecordBatch], uri: str) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Each batch with the number of its first row: the line in a text file, the row in a Parquet file, from 1."""
+    first = 2 if is_text(uri) else 1
+    for batch in stream:
+        yield first, batch
+        first += batch.num_rows
