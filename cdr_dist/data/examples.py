@@ -15,7 +15,7 @@ from cdr_dist.data import hashing, partitions, spill, splits, storage
 from cdr_dist.data.behaviours import Behaviours, Ints, Slices, most_recent
 from cdr_dist.data.dataset import EXAMPLE_SCHEMA, UNKNOWN
 from cdr_dist.data.partitions import Partition
-from cdr_dist.data.shards import Buckets
+from cdr_dist.data.shuffle import Buckets
 from cdr_dist.data.stored_negatives import stored_negatives
 
 TARGET_CANDIDATES = 1000

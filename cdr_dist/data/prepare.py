@@ -24,7 +24,7 @@ from typing import Any
 
 import polars as pl
 
-from cdr_dist.data import examples, interactions, partitions, shards, spill, storage, vocabularies
+from cdr_dist.data import examples, interactions, partitions, shuffle, spill, storage, vocabularies
 from cdr_dist.data.dataset import FIRST_ID, SPLITS, Manifest, Shard, read_manifest
 from cdr_dist.data.partitions import Partition, PartitionCounts
 from cdr_dist.data.prepare_options import PrepareOptions, options_from_words
@@ -195,7 +195,7 @@ def _number(options: PrepareOptions, parts: list[Partition]) -> tuple[pl.DataFra
 
 def _builds(
     parts: list[Partition], counted: list[PartitionCounts], users: pl.DataFrame, items: dict[str, Items], work: str
-) -> tuple[list[examples.Build], shards.Buckets]:
+) -> tuple[list[examples.Build], shuffle.Buckets]:
     options = parts[0].options
     user_ids = vocabularies.spill_users(storage.join(work, "ids", "users.arrow"), users, len(parts))
     item_ids = {}
@@ -203,22 +203,22 @@ def _builds(
         columns = of_role.items.select("item_id", "known", "id", "category_id")
         rows = columns.to_arrow(compat_level=pl.CompatLevel.oldest())
         item_ids[role] = spill.write_all(storage.join(work, "ids", f"{role}.arrow"), rows)
-    buckets = shards.Buckets.for_rows(options.seed, _sum([c.splits for c in counted]), options.rows_per_shard)
+    buckets = shuffle.Buckets.for_rows(options.seed, _sum([c.splits for c in counted]), options.rows_per_shard)
     target_items, scratch = items["target"].known.height, storage.join(work, "examples")
     return [examples.Build(p, user_ids, item_ids, target_items, buckets, scratch) for p in parts], buckets
 
 
 def _write_shards(
-    folder: str, buckets: shards.Buckets, built: list[examples.Built], workers: int
+    folder: str, buckets: shuffle.Buckets, built: list[examples.Built], workers: int
 ) -> dict[str, list[Shard]]:
     files = [file for one in built for file in one.files]
     tasks = [
-        shards.ShardTask(folder, split, number, buckets, files)
+        shuffle.ShardTask(folder, split, number, buckets, files)
         for split in range(len(SPLITS))
         for number in range(buckets.shards[split])
     ]
     written: dict[str, list[Shard]] = {split: [] for split in SPLITS}
-    for task, shard in zip(tasks, run_tasks(shards.write_shard, tasks, workers), strict=True):
+    for task, shard in zip(tasks, run_tasks(shuffle.write_shard, tasks, workers), strict=True):
         written[SPLITS[task.split]].append(shard)
     return written
 

@@ -1,122 +1,77 @@
-"""The global shuffle, and the shards that come of it.
-
-Every example has a random 64-bit key, a function of (seed, example_id) alone. A split is sorted by it: a bucket is a
-range of keys, a shard is a range of buckets, and neither partitions nor workers show in a shard's bytes.
-"""
+"""Reading the Parquet shards of one split, by row group, local or from an object store."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Sequence
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cdr_dist.data import hashing, spill, storage
-from cdr_dist.data.dataset import EXAMPLE_SCHEMA, ROW_GROUP_ROWS, SPLITS, Shard
+from cdr_dist.data import storage
+from cdr_dist.data.dataset import Manifest, Shard
+from cdr_dist.data.lanes import Piece
+from cdr_dist.errors import UserError
 
-BUCKET_ROWS = 50_000
-"""Rows of a bucket, about: what is sorted in memory at a time."""
-
-
-def shuffle_key(seed: int, example_id: np.ndarray) -> np.ndarray:
-    return hashing.mix(hashing.key(seed, "shuffle"), example_id)
+CHECKSUM_LIMIT_BYTES = 1 << 30
+"""Datasets up to this size are verified by checksum at every start; larger ones by size, unless asked."""
 
 
-@dataclass(frozen=True)
-class Buckets:
-    """How the keys of each split are cut: `shards[split]` shards of `per_shard[split]` buckets each."""
+class ShardReader:
+    """Row groups of a split as Arrow tables with the given columns; the last few decoded ones are kept."""
 
-    seed: int
-    shards: list[int]
-    per_shard: list[int]
+    def __init__(self, folder: str, manifest: Manifest, split: str, columns: Sequence[str], keep: int = 4) -> None:
+        self._folder, self._columns, self._keep = folder, list(columns), keep
+        self._place = [(shard, i) for shard in manifest.shards[split] for i in range(len(shard.row_groups))]
+        self.row_groups = tuple(n for shard in manifest.shards[split] for n in shard.row_groups)
+        self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+        self._decoded: OrderedDict[int, pa.Table] = OrderedDict()
 
-    @classmethod
-    def for_rows(cls, seed: int, rows: list[int], rows_per_shard: int) -> Buckets:
-        shards = [-(-n // rows_per_shard) for n in rows]
-        per_shard = [max(1, -(-n // max(s, 1) // BUCKET_ROWS)) for n, s in zip(rows, shards, strict=True)]
-        return cls(seed, shards, per_shard)
+    def read(self, piece: Piece) -> pa.Table:
+        return self._row_group(piece.row_group).slice(piece.start, piece.rows)
 
-    @property
-    def counts(self) -> np.ndarray:
-        return np.array(self.shards) * np.array(self.per_shard)
+    def _row_group(self, index: int) -> pa.Table:
+        if index in self._decoded:
+            self._decoded.move_to_end(index)
+            return self._decoded[index]
+        shard, within = self._place[index]
+        uri = storage.join(self._folder, shard.path)
+        table = storage.with_deadline(
+            lambda: self._open(shard).read_row_group(within, columns=self._columns, use_threads=False), uri
+        )
+        if table.num_rows != shard.row_groups[within]:
+            raise UserError(f"{uri}: row group {within} holds {table.num_rows} rows, not {shard.row_groups[within]}")
+        self._decoded[index] = table
+        while len(self._decoded) > self._keep:
+            self._decoded.popitem(last=False)
+        return table
 
-    @property
-    def total(self) -> int:
-        return int(self.counts.sum())
-
-    def of(self, split: np.ndarray, example_id: np.ndarray) -> np.ndarray:
-        """The bucket of each row; those of train come first, then valid, then test."""
-        first = np.cumsum(self.counts) - self.counts
-        return first[split] + hashing.integers(shuffle_key(self.seed, example_id), self.counts[split])
-
-    def of_shard(self, split: int, shard: int) -> range:
-        first = int(self.counts[:split].sum()) + shard * self.per_shard[split]
-        return range(first, first + self.per_shard[split])
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """One shard to write from spill files."""
-
-    folder: str
-    split: int
-    number: int
-    buckets: Buckets
-    files: list[str]
+    def _open(self, shard: Shard) -> pq.ParquetFile:
+        if shard.path not in self._files:
+            fs, path = storage.locate(storage.join(self._folder, shard.path))
+            self._files[shard.path] = pq.ParquetFile(fs.open(path, "rb"), pre_buffer=True)
+            while len(self._files) > 16:
+                self._files.popitem(last=False)[1].close()
+        return self._files[shard.path]
 
 
-def write_shard(task: ShardTask) -> Shard:
-    """Writes one shard, in the order of the shuffle's keys, ROW_GROUP_ROWS rows a group."""
-    path = f"{SPLITS[task.split]}/part-{task.number:05d}.parquet"
-    groups = []
-    with storage.open_output(storage.join(task.folder, path)) as file:
-        hashed = _Hashed(file)
-        with pq.ParquetWriter(hashed, EXAMPLE_SCHEMA, compression="zstd") as writer:
-            for group in _row_groups(_sorted_buckets(task)):
-                writer.write_table(group, row_group_size=ROW_GROUP_ROWS)
-                groups.append(group.num_rows)
-    return Shard(path, sum(groups), groups, hashed.bytes, hashed.digest.hexdigest())
+def verify(folder: str, manifest: Manifest, part: int = 0, parts: int = 1, how: str = "auto") -> None:
+    """Checks the shards and vocabularies part, part + parts, … against the manifest; UserError names the first bad one.
 
-
-def _sorted_buckets(task: ShardTask) -> Iterator[pa.Table]:
-    for bucket in task.buckets.of_shard(task.split, task.number):
-        rows = spill.read(task.files, bucket)
-        keys = shuffle_key(task.buckets.seed, rows["example_id"].to_numpy())
-        yield rows.take(pa.array(np.argsort(keys)))
-
-
-def _row_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    pending = EXAMPLE_SCHEMA.empty_table()
-    for table in tables:
-        pending = pa.concat_tables([pending, table])
-        while pending.num_rows >= ROW_GROUP_ROWS:
-            yield pending.slice(0, ROW_GROUP_ROWS).combine_chunks()
-            pending = pending.slice(ROW_GROUP_ROWS)
-    if pending.num_rows:
-        yield pending.combine_chunks()
-
-
-class _Hashed:
-    """A file that is being written, its bytes counted and hashed on the way."""
-
-    closed = False
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
-
-    def write(self, content: Any) -> int:
-        self.digest.update(content)
-        self.bytes += len(content)
-        self.file.write(content)
-        return len(content)
-
-    def tell(self) -> int:
-        return self.bytes
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
+    how: checksum, size, or auto (checksum up to 1 GiB in all). Workers share the files out among themselves.
+    """
+    files = [s for shards in manifest.shards.values() for s in shards] + list(manifest.vocab.values())
+    if how == "auto":
+        how = "checksum" if sum(f.bytes for f in files) <= CHECKSUM_LIMIT_BYTES else "size"
+    for file in files[part::parts]:
+        uri = storage.join(folder, file.path)
+        if how == "checksum":
+            content = storage.read_bytes(uri)
+            size, same = len(content), storage.sha256(content) == file.sha256
+        else:
+            fs, path = storage.locate(uri)
+            size, same = storage.with_deadline(lambda fs=fs, path=path: int(fs.size(path)), uri), True
+        if size != file.bytes:
+            raise UserError(f"{uri}: {size} bytes, the manifest says {file.bytes}; the file is truncated or replaced")
+        if not same:
+            raise UserError(f"{uri}: its checksum differs from the manifest's; the file is damaged or replaced")
