@@ -1,0 +1,139 @@
+"""Is one method better than another: relative improvement, paired bootstrap, paired t-test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.stats
+from numpy.typing import ArrayLike, NDArray
+
+from cdr_dist.evaluation.metrics import Floats, Ints, user_auc
+
+CHUNK_CELLS = 2_000_000
+"""Resamples x rows held at once: bounds the bootstrap's memory (a few times 16 MB)."""
+
+Resampled = Callable[[Ints], Floats]
+"""From how often each user was drawn [R, users] to the metric of each resample [R]; NaN where undefined."""
+
+Metric = Callable[[Ints, NDArray, Floats], Resampled]
+"""Prepares the rows' user indices (0..users-1), labels and scores, each [rows], for resampling."""
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """How much a exceeds b, with a 95% interval and a two-sided p; all but `difference` may be NaN."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    n: int  # pairs (seeds) of a t-test; resamples of a bootstrap in which both metrics are defined
+
+
+def relative_improvement(auc: float, auc_single: float) -> float:
+    """RelaImpr in percent: by how much the AUC beats chance, against the single-domain method (BIAO, Table 1).
+
+    NaN where the single-domain method is no better than chance: the ratio has no meaning there.
+    """
+    if not auc_single > 0.5:
+        return float("nan")
+    return ((auc - 0.5) / (auc_single - 0.5) - 1) * 100
+
+
+def resampled_auc(users: Ints, labels: NDArray, scores: Floats) -> Resampled:
+    """The AUC over all rows, ties counted half, each row weighted by how often its user was drawn."""
+    positive = labels > 0
+    order = np.argsort(scores[~positive])
+    negative_users, positive_users = users[~positive][order], users[positive]
+    ladder = scores[~positive][order]
+    below = np.searchsorted(ladder, scores[positive], side="left")
+    not_above = np.searchsorted(ladder, scores[positive], side="right")
+
+    def value(drawn: Ints) -> Floats:
+        negatives = np.zeros((len(drawn), len(ladder) + 1), np.int64)  # [R, n]: among the n lowest
+        np.cumsum(drawn[:, negative_users], axis=1, out=negatives[:, 1:])
+        positives = drawn[:, positive_users]
+        twice_wins = np.einsum("rp,rp->r", positives, negatives[:, below] + negatives[:, not_above])
+        return _ratio(twice_wins, 2 * positives.sum(axis=1) * negatives[:, -1])
+
+    return value
+
+
+def resampled_gauc(users: Ints, labels: NDArray, scores: Floats) -> Resampled:
+    """The mean of the users' AUCs, weighted by rows; users of one class are left out."""
+    rows, values = user_auc(users, labels, scores)
+    counted = ~np.isnan(values)
+    rows, values = rows[counted].astype(np.float64), values[counted]
+    return lambda drawn: _ratio(drawn[:, counted] @ (rows * values), drawn[:, counted] @ rows)
+
+
+def paired_bootstrap(
+    users: ArrayLike,
+    labels: ArrayLike,
+    scores_a: ArrayLike,
+    scores_b: ArrayLike,
+    metric: Metric = resampled_auc,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> PairedDifference:
+    """Whether scorer a beats scorer b on the same rows, users drawn with replacement; arguments are [rows].
+
+    A user's rows are drawn together, since they are not independent. The interval is the 2.5th to 97.5th
+    percentile of the difference; p is twice the smaller share of resamples on either side of 0, the observed
+    data counted as one resample, so it is never below 2 / (resamples + 1). Resamples without both classes are
+    left out. ValueError: columns of unequal length, or a score that is not finite.
+    """
+    label, a, b = np.asarray(labels), np.asarray(scores_a, np.float64), np.asarray(scores_b, np.float64)
+    user = np.unique(np.asarray(users), return_inverse=True)[1]
+    if not len(user) == len(label) == len(a) == len(b):
+        lengths = f"{len(user)}, {len(label)}, {len(a)} and {len(b)}"
+        raise ValueError(f"users, labels and both scores must be of the same rows, but have {lengths}")
+    if bad := int(np.count_nonzero(~np.isfinite(a)) + np.count_nonzero(~np.isfinite(b))):
+        raise ValueError(f"{bad} scores are not finite")
+    nan = float("nan")
+    if not len(user):
+        return PairedDifference(nan, nan, nan, nan, 0)
+    metric_a, metric_b = metric(user, label, a), metric(user, label, b)
+    count = int(user.max()) + 1
+    everyone = np.ones((1, count), np.int64)
+    observed = float((metric_a(everyone) - metric_b(everyone))[0])
+    random, chance = np.random.default_rng(seed), np.full(count, 1 / count)
+    chunk = max(1, CHUNK_CELLS // len(user))
+    parts = []
+    for start in range(0, resamples, chunk):
+        drawn = random.multinomial(count, chance, size=min(chunk, resamples - start))
+        parts.append(metric_a(drawn) - metric_b(drawn))
+    differences = np.concatenate([*parts, np.empty(0)])
+    differences = differences[~np.isnan(differences)]
+    if not len(differences) or np.isnan(observed):
+        return PairedDifference(observed, nan, nan, nan, len(differences))
+    low, high = np.percentile(differences, [2.5, 97.5])
+    smaller = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
+    p = min(1.0, 2 * (smaller + 1) / (len(differences) + 1))
+    return PairedDifference(observed, float(low), float(high), float(p), len(differences))
+
+
+def paired_t(a: ArrayLike, b: ArrayLike) -> PairedDifference:
+    """The paired t-test of a metric over the same seeds; a and b are [seeds], in the same order.
+
+    Interval and p are NaN where the test says nothing: one seed, or differences that do not vary.
+    ValueError: unequal lengths.
+    """
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if x.shape != y.shape or x.ndim != 1:
+        raise ValueError(f"a paired test needs one value of each method per seed, not {x.shape} and {y.shape}")
+    nan, n = float("nan"), len(x)
+    difference = float((x - y).mean()) if n else nan
+    rounding = 8 * np.finfo(np.float64).eps * max(np.abs(x).max(initial=0), np.abs(y).max(initial=0))
+    if n < 2 or np.ptp(x - y) <= rounding:
+        return PairedDifference(difference, nan, nan, nan, n)
+    test = scipy.stats.ttest_rel(x, y)
+    interval = test.confidence_interval(0.95)
+    return PairedDifference(difference, float(interval.low), float(interval.high), float(test.pvalue), n)
+
+
+def _ratio(numerator: NDArray, denominator: NDArray) -> Floats:
+    out = np.full(len(numerator), np.nan)
+    return np.divide(numerator, denominator, out=out, where=denominator > 0)
