@@ -73,6 +73,7 @@ def prepare(options: PrepareOptions) -> Manifest:
         return there
     work = _work_folder(options, inputs)
     try:
+        storage.check_writable(work, options.out)
         manifest = _prepare(options, inputs, work)
         storage.move_folder(storage.join(work, "dataset"), options.out.rstrip("/"), last="manifest.json")
     finally:

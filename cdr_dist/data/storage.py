@@ -70,6 +70,14 @@ def open_output(uri: str) -> Any:
     return fs.open(path, "wb")
 
 
+def check_writable(folder: str, what: str) -> None:
+    """Writes a small file in a folder. UserError naming `what` where that fails."""
+    try:
+        write_bytes(join(folder, "started"), b"started")
+    except Exception as error:  # as in with_deadline: every client has its own errors
+        raise UserError(f"{what}: cannot be written ({_first_line(error)})") from error
+
+
 def is_empty(uri: str) -> bool:
     """Nothing there: no file, and no folder with anything in it."""
     fs, path = locate(uri)

@@ -67,6 +67,8 @@ def _column_names(uri: str) -> list[str]:
         if not is_text(uri):
             return list(pq.ParquetFile(file).schema_arrow.names)
         head = _decompressed(uri, file).read(HEADER_BYTES)
+        if not head:
+            raise UserError(f"{uri}: is empty; its first line must name the columns")
         line = io.BytesIO(head.split(b"\n", 1)[0] + b"\n")
         return csv.read_csv(line, parse_options=_dialect(uri)).column_names
 
@@ -82,7 +84,7 @@ def batches(uri: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
 def _text_batches(uri: str, file: Any, columns: list[str]) -> Iterator[pa.RecordBatch]:
     yield from csv.open_csv(
         _decompressed(uri, file),
-        read_options=csv.ReadOptions(block_size=BLOCK_BYTES),
+        read_options=csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False),  # so that errors tell the row
         parse_options=_dialect(uri),
         convert_options=csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pa.string())),
     )
