@@ -3,9 +3,10 @@
 from math import log
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
+
+from tests import reference
 
 OPTIONS = [
     {},

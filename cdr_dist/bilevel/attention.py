@@ -49,10 +49,11 @@ class PooledAttention(nn.Module):
                 0, members, self._bucket(unique, position, starts, lengths, from_source, members, size)
             )
         added = source @ value[:, half:].T
-        taken = (lengths > 0).unsqueeze(1)
-        if self.padding is not None:  # zeroed outputs of padded positions still count in the mean
-            taken = (lengths.clamp(max=self.padding) / self.padding).unsqueeze(1)
-        return pooled.flatten(1) + added * taken
+        if self.padding is None:
+            taken = (lengths > 0).to(added.dtype)
+        else:  # zeroed outputs of padded positions still count in the mean
+            taken = lengths.to(added.dtype) / self.padding
+        return pooled.flatten(1) + added * taken.unsqueeze(1)
 
     def _bucket(
         self,
@@ -76,10 +77,8 @@ class PooledAttention(nn.Module):
         scores = q @ k.permute(0, 2, 3, 1) / math.sqrt(self.head_width)  # [b, heads, n, n]
         if self.padding is None:
             scores = scores.masked_fill(~real[:, None, None, :], -torch.inf)
-        counted = (
-            real[:, None, :, None]
-            / (length if self.padding is None else size * torch.ones_like(length))[:, None, None, None]
-        )
+        over = length.to(scores.dtype) if self.padding is None else torch.full_like(length, size, dtype=scores.dtype)
+        counted = real[:, None, :, None] / over[:, None, None, None]
         share = (scores.softmax(-1) * counted).sum(2)  # [b, heads, n]: mean over queries
         return (share.unsqueeze(2) @ v.transpose(1, 2)).squeeze(2)
 

@@ -49,11 +49,11 @@ class BehaviouralPerceptron(nn.Module):
         super().__init__()
         self.options = options
         inner = options.heads * width
-        self.global_mlp = _mlp(2 * width, options.global_hidden)
+        self.global_mlp = _Mlp(2 * width, options.global_hidden)
         self.attention = nn.ModuleDict(
             {d: PooledAttention(2 * width, options.heads, width, options.padding) for d in HISTORIES}
         )
-        self.local_mlp = _mlp(2 * inner, options.local_hidden)
+        self.local_mlp = _Mlp(2 * inner, options.local_hidden)
         self.gamma_raw = nn.Parameter(torch.empty(()))
 
     @property
@@ -66,7 +66,7 @@ class BehaviouralPerceptron(nn.Module):
         local = [
             self.attention[d](seen.history[d], seen.position[d], seen.lengths[d], seen.item.detach()) for d in HISTORIES
         ]
-        return self.global_mlp(seen.item).squeeze(1), self.local_mlp(torch.cat(local, dim=1)).squeeze(1)
+        return self.global_mlp(seen.item), self.local_mlp(torch.cat(local, dim=1))
 
     def forward(self, seen: PerceptronInput) -> Tensor:
         """Scores [B]."""
@@ -128,9 +128,13 @@ def normalised(score: Tensor, valid: Tensor, gamma: Tensor) -> Tensor:
     return gamma * mass / torch.where(total > 0, total, 1.0)
 
 
-def _mlp(width: int, hidden: Sequence[int]) -> nn.Sequential:
-    sizes = [width, *hidden]
-    layers: list[nn.Module] = []
-    for a, b in itertools.pairwise(sizes):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+class _Mlp(nn.ModuleList):
+    """Linear layers with ReLU between them, to one value a row: [B, width] -> [B]."""
+
+    def __init__(self, width: int, hidden: Sequence[int]) -> None:
+        super().__init__(nn.Linear(a, b) for a, b in itertools.pairwise([width, *hidden, 1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in list(self)[:-1]:
+            x = layer(x).relu()
+        return self[-1](x).squeeze(1)
