@@ -11,3 +11,7 @@ def nearest(word: str, known: list[str]) -> str:
 
     close = difflib.get_close_matches(word, known, n=1)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(known))}"
+
+
+class Stopped(Exception):
+    """The run was told to stop and has a checkpoint to continue from. Jobs exit with 143."""

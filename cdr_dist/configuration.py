@@ -1,0 +1,147 @@
+"""The structured configuration of a training run, composed by Hydra from configs/ and `key=value` words.
+
+Every component owns its options (with their documentation and checks); this file joins them and turns a user's
+mistakes into one line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cdr_dist.bilevel.hypergradient import HypergradientOptions
+from cdr_dist.bilevel.perceptron import PerceptronOptions
+from cdr_dist.data.stream import StreamOptions
+from cdr_dist.embeddings.tables import TableOptions
+from cdr_dist.errors import UserError, nearest
+from cdr_dist.training.options import (
+    BatchConfig,
+    DenseOptions,
+    EvaluationOptions,
+    RecipeConfig,
+    TrainerOptions,
+    UpperOptions,
+)
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+LITERAL = ("data", "run", "source", "target", "out")
+"""Options whose values are taken as they are: paths with '=' or '(' break Hydra's grammar, 2024 becomes a number."""
+
+
+@dataclass
+class TrainConfig:
+    """All options of jobs/train.py."""
+
+    data: str = "demo"
+    """A dataset folder (local or s3://), or 'demo': data with planted truth, written on first use."""
+    run: str = "runs/${recipe.name}-${seed}"
+    """The run folder; the same folder continues where it stopped."""
+    seed: int = 8
+    model: Any = None
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    stream: StreamOptions = field(default_factory=StreamOptions)
+    tables: TableOptions = field(default_factory=TableOptions)
+    dense: DenseOptions = field(default_factory=DenseOptions)
+    perceptron: PerceptronOptions = field(default_factory=PerceptronOptions)
+    hypergradient: HypergradientOptions = field(default_factory=HypergradientOptions)
+    upper: UpperOptions = field(default_factory=UpperOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    trainer: TrainerOptions = field(default_factory=TrainerOptions)
+
+
+ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+
+
+def from_words(words: Sequence[str]) -> TrainConfig:
+    """`key=value` words -> a checked configuration. UserError: unknown option (with the nearest), bad value."""
+    return as_config(compose_words(words))
+
+
+def compose_words(words: Sequence[str]) -> DictConfig:
+    groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in CONFIGS.iterdir() if p.is_dir()}
+    choices, options = [], []
+    for word in words:
+        name, separator, value = word.partition("=")
+        if not separator:
+            raise UserError(f"'{word}': options are written key=value")
+        if name in groups and name not in LITERAL:
+            if value not in groups[name]:
+                raise UserError(f"{name}={value}: unknown {name}; {nearest(value, groups[name])}")
+            choices.append(word)
+        else:
+            options.append((name, value))
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        known = _keys(compose("train", choices))
+        for name, _ in options:
+            if name not in known:
+                raise UserError(f"{name}: unknown option; {nearest(name, sorted(known | set(groups)))}")
+        try:
+            return compose("train", choices + [_quoted(name, value) for name, value in options])
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_first_line(error)) from error
+
+
+def as_config(composed: DictConfig) -> TrainConfig:
+    """Resolves a composed configuration into dataclasses, whose checks run."""
+    try:
+        return OmegaConf.to_object(composed)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(_first_line(error)) from error
+
+
+def to_yaml(config: TrainConfig) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config), sort_keys=False)
+
+
+def from_yaml(text: str) -> TrainConfig:
+    return as_config(OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.create(text)))  # type: ignore[arg-type]
+
+
+def differences(a: TrainConfig, b: TrainConfig, leave_out: Sequence[str] = ()) -> list[str]:
+    """`key: a -> b` for every option that differs."""
+    left, right = (_flat(OmegaConf.to_container(OmegaConf.structured(c))) for c in (a, b))
+    return [
+        f"{name}: {left.get(name)} -> {right.get(name)}"
+        for name in sorted(left.keys() | right.keys())
+        if left.get(name) != right.get(name) and not name.startswith(tuple(leave_out))
+    ]
+
+
+def _quoted(name: str, value: str) -> str:
+    if name not in LITERAL:
+        return f"{name}={value}"
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
+    return f'{name}="{escaped}"'
+
+
+def _keys(config: Any) -> set[str]:
+    return set(_flat(OmegaConf.to_container(config))) | set(_prefixes(OmegaConf.to_container(config)))
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    found: dict[str, Any] = {}
+    for name, value in node.items():
+        found |= _flat(value, f"{prefix}.{name}" if prefix else str(name))
+    return found
+
+
+def _prefixes(node: Any) -> list[str]:
+    return [name for name, value in node.items() if not isinstance(value, dict)]
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((m.group(1) for line in lines if (m := re.match(r"full_key: (\S+)", line))), None)
+    return f"{key}: {lines[0]}" if key else lines[0]

@@ -1,0 +1,38 @@
+"""What every job shares: --help, and exit codes a scheduler can trust."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+DONE, FAILED, USERS_MISTAKE, STOPPED = 0, 1, 2, 143
+
+
+def run_job(name: str, about: str | None, main: Callable[[list[str]], None], more_help: str = "") -> int:
+    """Runs main(words): 0 done, 2 the user's mistake (one line), 143 stopped on request, 1 anything else."""
+    words = sys.argv[1:]
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    if any(w in ("-h", "--help", "help") for w in words):
+        print((about or "").strip())
+        if more_help:
+            print("\n" + more_help)
+        return DONE
+    from cdr_dist.errors import Stopped, UserError
+
+    try:
+        main(words)
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return USERS_MISTAKE
+    except Stopped as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return STOPPED
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return FAILED
+    return DONE

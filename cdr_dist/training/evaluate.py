@@ -1,0 +1,38 @@
+"""Scores of a split over all workers, and their metrics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from cdr_dist.data.stream import Rows
+from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
+from cdr_dist.evaluation.metrics import Predictions, ScoredRows
+
+if TYPE_CHECKING:
+    from cdr_dist.training.session import Session
+
+
+@torch.no_grad()
+def score_split(session: Session, split: str) -> ScoredRows:
+    """Every row of a split with its stored negatives, scored by the current parameters; equal on all workers."""
+    session.model.eval()
+    predictions = Predictions()
+    for rows in session.evaluation_stream(split).epoch():
+        batch = evaluation_batch(session, rows)
+        found = session.tables.read(ids_by_table(batch.train, session.features))
+        output = session.model(rows_by_feature(found, batch.train, session.features), batch)
+        predictions.append(batch.user, batch.label, output.target_logit, batch.weight, batch.example)
+    session.model.train()
+    return predictions.gather()
+
+
+def evaluation_batch(session: Session, rows: Rows):
+    return session.builder.evaluate(rows.table, rows.global_rows).to(session.device)
+
+
+def evaluate(session: Session, split: str) -> dict[str, float]:
+    """The metrics of a split; HR@K and NDCG@K for evaluation.ks where negatives are stored."""
+    ks = tuple(session.config.evaluation.ks)
+    return score_split(session, split).compute(ks=ks)

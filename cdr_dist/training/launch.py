@@ -1,0 +1,150 @@
+"""Starts a run: in this process (trainer.workers=0) or on Ray Train workers, and watches it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import warnings
+from typing import Any
+
+import torch.distributed as dist
+
+from cdr_dist.configuration import TrainConfig, from_yaml, to_yaml
+from cdr_dist.data.dataset import read_manifest
+from cdr_dist.errors import Stopped, UserError
+from cdr_dist.training.run_folder import RunFolder
+from cdr_dist.training.session import check_dataset
+from cdr_dist.training.tracking import Console
+from cdr_dist.training.worker import STOPPED, work
+
+
+def train(config: TrainConfig, folder: str, quiet: bool = False) -> dict[str, Any]:
+    """Trains, or continues the run in `config.run`, and returns its summary. Raises UserError, Stopped."""
+    check_dataset(config, read_manifest(folder))
+    place = RunFolder(config.run)
+    place.open(config)
+    done = place.summary()
+    if done is not None and not _goes_on(done, config):
+        return done
+    title = f"{config.recipe.name} seed {config.seed}"
+    with Console(place, title, config.trainer.max_steps, quiet):
+        start = _in_process if config.trainer.workers == 0 else _on_ray
+        result = start(config, folder, place)
+    if result == STOPPED:
+        raise Stopped(f"{place.path}: stopped; the same command continues")
+    summary = place.summary()
+    assert summary is not None
+    return summary
+
+
+def _goes_on(done: dict[str, Any], config: TrainConfig) -> bool:
+    return config.trainer.max_steps > done["steps"]
+
+
+def _in_process(config: TrainConfig, folder: str, place: RunFolder) -> Any:
+    quiet_libraries()
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return work(config, folder, str(place.path))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        dist.destroy_process_group()
+
+
+def _on_ray(config: TrainConfig, folder: str, place: RunFolder) -> Any:
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    connect(config.trainer.workers)
+    cuda = config.trainer.device == "cuda"
+    trainer = TorchTrainer(
+        ray_worker,
+        train_loop_config={"config": to_yaml(config), "folder": folder, "run": str(place.path)},
+        scaling_config=ScalingConfig(num_workers=config.trainer.workers, use_gpu=cuda),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo"),
+        run_config=RunConfig(
+            # A name of its own for every start: Ray Train resumes its own state of an equal name, and ours is
+            # the run folder's.
+            name=f"{place.path.name}-{os.getpid()}-{os.urandom(3).hex()}",
+            storage_path=str(place.path / "ray"),
+            failure_config=FailureConfig(max_failures=config.trainer.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    before = signal.signal(signal.SIGTERM, lambda *_: place.ask_to_stop())
+    try:
+        trainer.fit()
+    except Exception as error:
+        mistake = users_mistake(error)
+        if mistake is None:
+            raise
+        raise UserError(mistake) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if started_here():
+            ray.shutdown()
+    return STOPPED if place.stop_asked() and place.summary() is None else None
+
+
+def ray_worker(given: dict[str, str]) -> None:
+    """What Ray Train calls on every worker."""
+    quiet_libraries()
+    work(from_yaml(given["config"]), given["folder"], given["run"])
+
+
+_ours = False
+
+
+def started_here() -> bool:
+    return _ours
+
+
+def connect(workers: int) -> None:
+    """Joins the cluster of RAY_ADDRESS, or starts a local one for this process."""
+    global _ours
+    import ray
+
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    _ours = True
+    ray.init(
+        address="local",
+        num_cpus=max(workers + 1, os.cpu_count() or 1),  # the controller takes a share, too
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def users_mistake(error: BaseException) -> str | None:
+    """The message of a UserError that a worker raised, through Ray's wrappings; None where there is none."""
+    seen: set[int] = set()
+    todo: list[BaseException] = [error]
+    while todo:
+        one = todo.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, UserError):
+            return str(one)
+        todo += [
+            e for e in (one.__cause__, one.__context__, getattr(one, "cause", None)) if isinstance(e, BaseException)
+        ]
+        todo += [e for e in getattr(one, "worker_failures", {}).values() if isinstance(e, BaseException)]
+    return None
+
+
+def quiet_libraries() -> None:
+    """TorchRec's planner and FBGEMM warn at length about plans that we fix on purpose."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torchrec|fbgemm_gpu|torch")
+    for name in ("torchrec", "torchrec.distributed", "torch.fx", "fbgemm_gpu", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,169 @@
+"""The loop of every recipe: phases of cycles of updates, with validation, checkpoints, early stopping and resume."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cdr_dist.errors import UserError
+from cdr_dist.training.checkpoint import Checkpoints, Progress
+from cdr_dist.training.evaluate import evaluate
+from cdr_dist.training.session import Session
+
+WARM_UP_STEPS = 20
+"""Steps that throughput leaves out."""
+
+
+class Update(Protocol):
+    """One kind of update. `counts`: whether it is a step of the run. `run` returns numbers equal on all workers."""
+
+    counts: bool
+    learned: bool
+    needs_head: bool
+
+    def bind(self, session: Session) -> None: ...
+
+    def run(self, stop_wanted: bool) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The cycle is flat: an update that comes n times stands n times."""
+
+    name: str
+    cycle: Sequence[Update]
+    epochs: int
+
+
+class Watcher(Protocol):
+    """What the loop tells: worker 0 writes files, the others nothing."""
+
+    def trained(self, step: int, phase: str, values: dict[str, float]) -> None: ...
+
+    def updated(self, step: int, phase: str, values: dict[str, float]) -> None: ...
+
+    def validated(self, step: int, phase: str, values: dict[str, float]) -> None: ...
+
+
+class Loop:
+    """Runs the phases from where `progress` stands. `stop_wanted` is asked before every update."""
+
+    def __init__(
+        self,
+        session: Session,
+        phases: Sequence[Phase],
+        checkpoints: Checkpoints,
+        watcher: Watcher,
+        stop_wanted: Callable[[], bool],
+    ) -> None:
+        self._session, self._phases, self._checkpoints = session, phases, checkpoints
+        self._watcher, self._stop_wanted = watcher, stop_wanted
+        self._options = session.config.trainer
+        self.progress = Progress(data_checksum=session.manifest.checksum)
+        self.seconds = self.rows = 0.0
+        self.stopped = False
+        self._saved_step = -1
+        for phase in phases:
+            for update in dict.fromkeys(phase.cycle):
+                update.bind(session)
+
+    def resume(self) -> int:
+        """Continues from the newest complete checkpoint; the step it stands at."""
+        newest = self._checkpoints.newest()
+        if newest is not None:
+            self.progress = self._checkpoints.load(newest)
+            self._session.lower.seek(self.progress.lower)
+            self._session.dev.seek(self.progress.dev)
+            self._saved_step = self.progress.step
+        return self.progress.step
+
+    def run(self) -> None:
+        while self.progress.phase < len(self._phases) and not self.stopped:
+            self._run_phase(self._phases[self.progress.phase])
+            if not self.stopped:
+                self.progress.phase += 1
+                self.progress.position, self.progress.phase_done, self.progress.bad_validations = 0, False, 0
+
+    def _run_phase(self, phase: Phase) -> None:
+        p = self.progress
+        while not (p.phase_done or self._at_end(phase) or self.stopped):
+            update = phase.cycle[p.position]
+            start = time.perf_counter()
+            values = update.run(self._stop_wanted())
+            self._keep_time(time.perf_counter() - start, update.counts)
+            p.position = (p.position + 1) % len(phase.cycle)
+            if not update.counts:
+                p.upper_steps += 1
+                self._watcher.updated(p.step, phase.name, values)
+                continue
+            p.step += 1
+            self._check_finite(phase, values)
+            self.stopped = values.pop("stop", 0.0) > 0
+            self._watcher.trained(p.step, phase.name, values)
+            self._after_step(phase)
+        if p.step != self._saved_step:
+            self._save()
+
+    def _after_step(self, phase: Phase) -> None:
+        p, every = self.progress, self._session.config.evaluation.every or self._session.lower.steps_per_epoch
+        if (p.step % every == 0 or self._at_end(phase)) and not self.stopped:
+            self._validate(phase)
+            self._save()
+        elif self._options.checkpoint_every and p.step % self._options.checkpoint_every == 0:
+            self._save()
+
+    def _validate(self, phase: Phase) -> None:
+        p, options = self.progress, self._session.config.evaluation
+        values = evaluate(self._session, "valid")
+        if options.metric not in values:
+            raise UserError(f"evaluation.metric={options.metric}: not among {', '.join(sorted(values))}")
+        value = values[options.metric]
+        sign = -1 if options.smaller_is_better else 1
+        if math.isnan(p.best_value) or sign * value > sign * p.best_value:
+            p.best_step, p.best_value, p.bad_validations = p.step, value, 0
+        else:
+            p.bad_validations += 1
+            p.phase_done = bool(options.patience) and p.bad_validations >= options.patience
+        self._watcher.validated(p.step, phase.name, values)
+
+    def _at_end(self, phase: Phase) -> bool:
+        most = self._options.max_steps
+        return self._session.lower.place.epoch >= phase.epochs or (most > 0 and self.progress.step >= most)
+
+    def _save(self) -> None:
+        p, s = self.progress, self._session
+        p.lower, p.dev, p.passes = s.lower.place, s.dev.place, dict(s.passes)
+        self._checkpoints.save(p)
+        self._saved_step = p.step
+
+    def _keep_time(self, seconds: float, counts: bool) -> None:
+        if self.progress.step >= WARM_UP_STEPS:
+            self.seconds += seconds
+            if counts:
+                self.rows += self._session.config.batch.size
+
+    def _check_finite(self, phase: Phase, values: dict[str, float]) -> None:
+        """The loss is a sum over workers, so all of them stop together."""
+        if all(math.isfinite(v) for v in values.values()):
+            return
+        where = non_finite(self._session)
+        raise UserError(
+            f"step {self.progress.step} of phase {phase.name}: the loss is not finite "
+            f"(target {values.get('target_loss'):g}, source {values.get('source_loss', 0.0):g}); "
+            f"not finite: {', '.join(where) or 'no parameter yet'}. Lower tables.lr or dense.lr"
+        )
+
+
+def non_finite(session: Session) -> list[str]:
+    """Names of tables and dense parameters that hold a value that is not finite, on any worker."""
+    import torch
+
+    from cdr_dist.embeddings.workers import max_over_workers
+
+    parts: dict[str, Any] = {f"table {t}": shard for t, (_, shard) in session.tables.shards().items()}
+    parts |= dict(session.model.named_parameters())
+    bad = torch.tensor([0.0 if bool(v.isfinite().all()) else 1.0 for v in parts.values()])
+    return [name for name, flag in zip(parts, max_over_workers(bad).tolist(), strict=True) if flag]

@@ -1,0 +1,157 @@
+"""Options of the training loop: recipe, batch, optimisers, upper level, evaluation, trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from cdr_dist.data.batch import BatchOptions
+from cdr_dist.errors import UserError
+
+
+def one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{option}={value}: choose {', '.join(known[:-1])} or {known[-1]}")
+
+
+@dataclass
+class UpdateConfig:
+    """One kind of update and how often it comes in a row within the cycle. `update` holds a `_target_`."""
+
+    update: Any = None
+    times: int = 1
+
+
+@dataclass
+class PhaseConfig:
+    """A cycle of updates that repeats until the phase ends."""
+
+    name: str = "train"
+    cycle: list[UpdateConfig] = field(default_factory=list)
+    epochs: int = 0
+    """Of the lower stream; 0: trainer.epochs."""
+
+
+@dataclass
+class RecipeConfig:
+    """What is trained, by which updates, in which order."""
+
+    name: str = ""
+    source: bool = True
+    """False: the single-domain variant of the backbone (-S), without source features."""
+    phases: list[PhaseConfig] = field(default_factory=list)
+
+
+@dataclass
+class BatchConfig(BatchOptions):
+    """Batches of the lower stream."""
+
+    size: int = 512
+    """Target rows of the global batch, negatives included."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size < 1:
+            raise UserError(f"batch.size={self.size}: must be at least 1")
+
+
+@dataclass
+class DenseOptions:
+    """Adam on the dense parameters."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+
+
+@dataclass
+class UpperOptions:
+    """The upper level of BIAO (Algorithm 1)."""
+
+    interval: int = 100
+    """Lower updates between two upper updates."""
+    dev: str = "reordered"
+    """reordered: the train set in its own order (the paper); same_users: other training behaviours of the train batch's
+    users; rotating: the same, but behaviours that lower updates leave out for the time being."""
+    rotate_epochs: int = 1
+    """With dev=rotating: epochs of the lower stream after which a user's held-out behaviour changes."""
+    dev_batch_size: int = 0
+    """Rows of the dev batch; 0: as batch.size. Other orders than reordered follow the train batch."""
+    dev_head: str = "extra"
+    """extra: the dev loss is that of an extra target head (released code); own: of the model's own head."""
+    head_refresh: str = "lower"
+    """lower: the extra head learns at every lower update on the batch's features, for free; dev:N: on the first N
+    batches of the dev stream before every upper update, as released (N = 100)."""
+    head_lr: float = 1e-2
+    gamma0: float = 1.0
+    """Coefficient of the source loss in `joint`, and what other weightings of that kind scale by."""
+    optimiser: str = "sgd"
+    lr: float = 1e-2
+    weight_decay: float = 0.0
+    decay_gamma: bool = False
+    """Whether weight decay touches gamma (as released, where relu(gamma) then shrinks to 0 and stays)."""
+    clip: float = 10.0
+    """Largest norm of the hypergradient; 0: none."""
+
+    def __post_init__(self) -> None:
+        one_of("upper.dev", self.dev, ("reordered", "same_users", "rotating"))
+        one_of("upper.dev_head", self.dev_head, ("extra", "own"))
+        one_of("upper.optimiser", self.optimiser, ("sgd", "adam"))
+        if self.interval < 1:
+            raise UserError(f"upper.interval={self.interval}: must be at least 1")
+        if self.head_refresh != "lower" and not (
+            self.head_refresh.startswith("dev:") and self.head_refresh[4:].isdigit()
+        ):
+            raise UserError(f"upper.head_refresh={self.head_refresh}: write lower or dev:N, such as dev:100")
+
+
+@dataclass
+class EvaluationOptions:
+    """What is measured, and when."""
+
+    every: int = 0
+    """Lower steps between validations; 0: once an epoch."""
+    metric: str = "auc"
+    """Validation metric that selects the best checkpoint and stops early: auc, gauc, logloss, hr@K, ndcg@K."""
+    patience: int = 3
+    """Validations without a better metric after which a phase stops; 0: never."""
+    ks: list[int] = field(default_factory=list)
+    """K of HR@K and NDCG@K against the stored negatives."""
+    batch_size: int = 8192
+
+    @property
+    def smaller_is_better(self) -> bool:
+        return self.metric == "logloss"
+
+
+@dataclass
+class TrainerOptions:
+    """Where and how long."""
+
+    workers: int = 2
+    """Ray Train workers; 0: in this process."""
+    epochs: int = 10
+    max_steps: int = 0
+    """Lower updates of the whole run; 0: as many as the epochs hold."""
+    threads: int = 1
+    """Per worker; fixed, because a matrix product's bits depend on it."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    checkpoint_every: int = 1000
+    """Lower steps between checkpoints, besides those at validations; 0: only at validations."""
+    keep: int = 2
+    """Newest checkpoints that stay, besides the best."""
+    log_every: int = 100
+    max_failures: int = 2
+    """Lost workers that a run survives by starting again from its newest complete checkpoint."""
+    verify: str = "auto"
+    """Shards are checked by checksum, size, or auto (checksum up to 1 GiB)."""
+    max_unknown: float = 0.05
+    """Largest share of unknown ids among the training rows."""
+
+    def __post_init__(self) -> None:
+        one_of("trainer.device", self.device, ("cpu", "cuda"))
+        one_of("trainer.verify", self.verify, ("auto", "checksum", "size"))
+        if self.workers < 0:
+            raise UserError(f"trainer.workers={self.workers}: 0 runs in this process, more are Ray Train workers")
+        if self.threads < 1:
+            raise UserError(f"trainer.threads={self.threads}: must be at least 1")

@@ -1,0 +1,110 @@
+"""The run folder: configuration, versions, metrics, checkpoints, summary, and the word to stop.
+
+config.yaml  versions.json  metrics.jsonl  checkpoints/  tensorboard/  summary.json
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cdr_dist import configuration
+from cdr_dist.configuration import TrainConfig
+from cdr_dist.errors import UserError
+
+FREE = ("trainer.workers", "trainer.max_steps", "trainer.log_every", "trainer.checkpoint_every", "trainer.keep", "run")
+"""What may differ when a run is continued (and max_steps only upwards)."""
+FREE_TOO = ("trainer.max_failures", "trainer.verify")
+_PACKAGES = ("torch", "torchrec", "ray", "pyarrow", "numpy", "polars", "hydra-core")
+
+
+class RunFolder:
+    """Paths and files of one run. One process writes: worker 0, or the driver before workers start."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path).expanduser().absolute()
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self._config = self.path / "config.yaml"
+        self._metrics = self.path / "metrics.jsonl"
+        self._stop = self.path / "stop"
+
+    def open(self, config: TrainConfig) -> None:
+        """Creates the folder, or checks that it holds this very run. UserError says what differs."""
+        self.check(config)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._write(self._config, configuration.to_yaml(config))
+        self._write(self.path / "versions.json", json.dumps(versions(), indent=1))
+        self._stop.unlink(missing_ok=True)
+
+    def check(self, config: TrainConfig) -> None:
+        """Whether this folder can take the run: empty, not there, or this very run."""
+        if self._config.exists():
+            self._check_same(configuration.from_yaml(self._config.read_text()), config)
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise UserError(f"{self.path}: holds something that is not a run; choose another run=")
+
+    def config(self) -> TrainConfig:
+        if not self._config.exists():
+            raise UserError(f"{self.path}: not a run (no config.yaml)")
+        return configuration.from_yaml(self._config.read_text())
+
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        self._write(self.path / "summary.json", json.dumps(summary, indent=1))
+
+    def log(self, **values: Any) -> None:
+        """Appends one line to metrics.jsonl."""
+        with self._metrics.open("a") as out:
+            out.write(json.dumps(values | {"time": round(time.time(), 3)}) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drops the lines of steps that a resume repeats."""
+        kept = [line for line in self.lines() if line.get("step", 0) <= step]
+        self._write(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        if not self._metrics.exists():
+            return
+        for line in self._metrics.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:  # the last line of a killed run
+                continue
+
+    def ask_to_stop(self) -> None:
+        self._stop.touch()
+
+    def stop_asked(self) -> bool:
+        return self._stop.exists()
+
+    def _check_same(self, before: TrainConfig, now: TrainConfig) -> None:
+        changed = configuration.differences(before, now, FREE + FREE_TOO)
+        old, new = before.trainer.max_steps, now.trainer.max_steps
+        if old != new and new != 0 and (old == 0 or new < old):
+            changed.append(f"trainer.max_steps: {old} -> {new} (only a larger one may continue a run)")
+        if changed:
+            shown = "; ".join(changed[:5]) + ("; …" if len(changed) > 5 else "")
+            raise UserError(f"{self.path}: holds a run with another configuration: {shown}. Choose another run=")
+
+    @staticmethod
+    def _write(path: Path, text: str) -> None:
+        """Whole or not at all."""
+        part = path.with_name(path.name + ".part")
+        part.write_text(text)
+        os.replace(part, path)
+
+
+def versions() -> dict[str, str]:
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **found}

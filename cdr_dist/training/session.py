@@ -1,0 +1,142 @@
+"""What one worker holds during a run: dataset, model, tables, perceptron, optimisers, feeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import nn
+
+from cdr_dist.bilevel.perceptron import BehaviouralPerceptron
+from cdr_dist.configuration import TrainConfig
+from cdr_dist.data.batch import Batch, BatchBuilder
+from cdr_dist.data.dataset import Manifest, read_manifest
+from cdr_dist.data.feed import Feed
+from cdr_dist.data.shards import ShardReader
+from cdr_dist.data.stream import Rows, Stream
+from cdr_dist.embeddings.initialisation import initialise_dense
+from cdr_dist.embeddings.tables import ShardedTables, TableSpec
+from cdr_dist.embeddings.workers import rank, world_size
+from cdr_dist.errors import UserError
+from cdr_dist.training.dense import DenseStep
+
+
+class Session:
+    """Built once on every worker; updates bind to it."""
+
+    def __init__(self, config: TrainConfig, folder: str, updates: Sequence[Any] = ()) -> None:
+        self.config, self.folder = config, folder
+        self.rank, self.workers = rank(), world_size()
+        self.device = torch.device(config.trainer.device)
+        self.manifest = read_manifest(folder)
+        check_dataset(config, self.manifest)
+        learned = any(getattr(update, "learned", False) for update in updates)
+        needs_head = any(getattr(update, "needs_head", False) for update in updates)
+        self.model = build_model(config).to(self.device)
+        initialise_dense(self.model, config.seed)
+        self.features = self.model.spec().features
+        specs = table_specs(config, self.manifest, self.model)
+        self.tables = ShardedTables(specs, config.tables, config.seed, self.device)
+        self.builder = BatchBuilder(
+            folder, self.manifest, config.batch, config.seed, source=config.recipe.source, histories=learned
+        )
+        self.perceptron = self._perceptron() if learned else None
+        extra = needs_head and config.upper.dev_head == "extra"
+        self.dev_head = self._dense(nn.Linear(self.model.target_feature_width, 1), "dev_head") if extra else None
+        self.optimisers = self._optimisers()
+        self.dense_step = DenseStep(
+            {
+                name: (getattr(self, name), self.optimisers[name])
+                for name in ("model", "dev_head")
+                if name in self.optimisers
+            }
+        )
+        self.lower = self.training_feed("lower", config.batch.size)
+        self.dev = self.training_feed("dev", config.upper.dev_batch_size or config.batch.size)
+        self.passes = {"lower": 0, "head": 0, "upper": 0}
+
+    def training_feed(self, name: str, size: int) -> Feed:
+        """A feed of the train split in the order called `name`; size: rows of the global batch, negatives included."""
+        rows_per_step, rest = divmod(size, self.builder.expansion)
+        if rest or not rows_per_step:
+            raise UserError(
+                f"batch.size={size}: must be a multiple of {self.builder.expansion} (a row and its negatives)"
+            )
+        reader = ShardReader(self.folder, self.manifest, "train", self.builder.columns("train"))
+        stream = Stream(
+            reader, rows_per_step, self.config.stream, self.config.seed, name, rank=self.rank, workers=self.workers
+        )
+        return Feed(stream, self._build)
+
+    def evaluation_stream(self, split: str) -> Stream:
+        stored = 1 + (self.manifest.eval_negatives if self.manifest.label == "sampled" else 0)
+        rows = max(1, self.config.evaluation.batch_size // stored)
+        reader = ShardReader(self.folder, self.manifest, split, self.builder.columns(split))
+        return Stream(reader, rows, self.config.stream, self.config.seed, split, self.rank, self.workers, shuffle=False)
+
+    def close(self) -> None:
+        self.lower.close()
+        self.dev.close()
+
+    def _build(self, rows: Rows) -> Batch:
+        return self.builder.train(rows.table, rows.place.epoch, rows.global_rows).to(self.device)
+
+    def _perceptron(self) -> BehaviouralPerceptron:
+        perceptron = BehaviouralPerceptron(self.config.tables.width, self.config.perceptron)
+        return self._dense(perceptron, "perceptron")
+
+    def _dense(self, module: Any, name: str) -> Any:
+        initialise_dense(module, self.config.seed, f"{name}.")
+        return module.to(self.device)
+
+    def _optimisers(self) -> dict[str, torch.optim.Optimizer]:
+        dense, upper = self.config.dense, self.config.upper
+        found: dict[str, torch.optim.Optimizer] = {
+            "model": torch.optim.Adam(self.model.parameters(), lr=dense.lr, weight_decay=dense.weight_decay)
+        }
+        if self.dev_head is not None:
+            found["dev_head"] = torch.optim.Adam(self.dev_head.parameters(), lr=upper.head_lr)
+        if self.perceptron is not None:
+            named = dict(self.perceptron.named_parameters())
+            gamma = [named.pop("gamma_raw")]
+            decay = upper.weight_decay
+            groups = [
+                {"params": list(named.values()), "weight_decay": decay},
+                {"params": gamma, "weight_decay": decay if upper.decay_gamma else 0.0},
+            ]
+            kind = torch.optim.SGD if upper.optimiser == "sgd" else torch.optim.Adam
+            found["perceptron"] = kind(groups, lr=upper.lr)
+        return found
+
+
+def build_model(config: TrainConfig) -> Any:
+    """The backbone named by model's `_target_`, with the tables' width and the recipe's variant."""
+    try:
+        return instantiate(config.model, width=config.tables.width, source=config.recipe.source)
+    except UserError:
+        raise
+    except Exception as error:  # Hydra wraps whatever the import or the constructor raised
+        cause = error.__cause__ or error
+        raise UserError(f"model: {str(cause).splitlines()[0]}") from error
+
+
+def table_specs(config: TrainConfig, manifest: Manifest, model: Any) -> list[TableSpec]:
+    o = config.tables
+    return [TableSpec(name, manifest.rows[name], o.width, o.init_std) for name in model.spec().tables]
+
+
+def check_dataset(config: TrainConfig, manifest: Manifest) -> None:
+    """What can be said about a dataset before anything is built."""
+    unknown = manifest.unknown.get("train", 0.0)
+    if unknown > config.trainer.max_unknown:
+        raise UserError(
+            f"{config.data}: {unknown:.1%} of the training rows have an unknown user or item, more than "
+            f"trainer.max_unknown={config.trainer.max_unknown}"
+        )
+    workers = max(config.trainer.workers, 1)
+    if workers > config.stream.lanes:
+        raise UserError(f"trainer.workers={workers} but stream.lanes={config.stream.lanes}: a worker needs a lane")
+    if not manifest.examples("train"):
+        raise UserError(f"{config.data}: no training rows")

@@ -1,0 +1,117 @@
+"""What worker 0 writes while it trains (metrics.jsonl, TensorBoard), and what the driver shows of it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import defaultdict
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from cdr_dist.training.run_folder import RunFolder
+
+
+class Recorder:
+    """The loop's watcher on worker 0. Losses are means since the last line."""
+
+    def __init__(self, folder: RunFolder, log_every: int) -> None:
+        self._folder, self._log_every = folder, log_every
+        self._sums: dict[str, float] = defaultdict(float)
+        self._count = 0
+        self._board = SummaryWriter(str(folder.tensorboard))
+
+    def trained(self, step: int, phase: str, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._sums[name] += value
+        self._count += 1
+        if step % self._log_every == 0:
+            self._write(step, phase, "train", {n: v / self._count for n, v in self._sums.items()})
+            self._sums.clear()
+            self._count = 0
+
+    def updated(self, step: int, phase: str, values: dict[str, float]) -> None:
+        self._write(step, phase, "upper", values)
+
+    def validated(self, step: int, phase: str, values: dict[str, float]) -> None:
+        self._write(step, phase, "valid", values)
+
+    def close(self) -> None:
+        self._board.close()
+
+    def _write(self, step: int, phase: str, split: str, values: dict[str, float]) -> None:
+        self._folder.log(step=step, phase=phase, split=split, values=values)
+        for name, value in values.items():
+            self._board.add_scalar(f"{split}/{name}", value, step)
+
+
+class Silent:
+    """The watcher of the other workers."""
+
+    def trained(self, step: int, phase: str, values: dict[str, float]) -> None:
+        pass
+
+    def updated(self, step: int, phase: str, values: dict[str, float]) -> None:
+        pass
+
+    def validated(self, step: int, phase: str, values: dict[str, float]) -> None:
+        pass
+
+
+class Console:
+    """Follows metrics.jsonl in a thread: a progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, folder: RunFolder, title: str, steps: int, quiet: bool = False) -> None:
+        self._folder, self._title, self._quiet = folder, title, quiet
+        self._seen = sum(1 for _ in folder.lines())
+        self._growing = 0
+        self._done = threading.Event()
+        self._bar = tqdm(total=steps or None, desc=title, unit="step") if sys.stderr.isatty() and not quiet else None
+        self._thread = threading.Thread(target=self._follow, daemon=True, name="cdr-console")
+
+    def __enter__(self) -> Console:
+        if not self._quiet:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if not self._quiet:
+            self._thread.join()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _follow(self) -> None:
+        while True:
+            last = self._done.wait(0.5)
+            lines = list(self._folder.lines())
+            self._seen = min(self._seen, len(lines))  # a resume drops lines
+            for line in lines[self._seen :]:
+                self._show(line)
+            self._seen = len(lines)
+            if last:
+                return
+
+    def _show(self, line: dict[str, Any]) -> None:
+        if "split" not in line:
+            return
+        values, step = line["values"], line["step"]
+        if line["split"] == "upper":
+            self._warn_of_growth(step, values)
+            return
+        keys = ("auc", "gauc", "logloss") if line["split"] == "valid" else ("target_loss", "source_loss")
+        text = "  ".join(f"{k} {values[k]:.4f}" for k in keys if k in values)
+        if self._bar is not None:
+            self._bar.n = step
+            self._bar.set_postfix_str(text)
+            if line["split"] == "valid":
+                self._bar.write(f"{self._title}  step {step}  {line['split']}  {text}")
+        else:
+            print(f"{self._title}  step {step}  {line['split']}  {text}", file=sys.stderr, flush=True)
+
+    def _warn_of_growth(self, step: int, values: dict[str, float]) -> None:
+        self._growing = self._growing + 1 if values.get("series_grows") else 0
+        if self._growing == 5:
+            text = f"step {step}: the Neumann series grew in 5 upper updates in a row; lower hypergradient.alpha"
+            print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,127 @@
+"""The function that every worker runs, under Ray Train or in this process: build, resume, train, evaluate."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+
+from cdr_dist.configuration import TrainConfig
+from cdr_dist.data.shards import verify
+from cdr_dist.embeddings.workers import rank, world_size
+from cdr_dist.training.checkpoint import Checkpoints
+from cdr_dist.training.digest import parameters_sha256
+from cdr_dist.training.evaluate import evaluate
+from cdr_dist.training.loop import Loop, Phase
+from cdr_dist.training.run_folder import RunFolder
+from cdr_dist.training.session import Session
+from cdr_dist.training.tracking import Recorder, Silent
+
+STOPPED = "stopped"
+"""What a worker returns in place of a summary when it was told to stop."""
+
+
+def work(
+    config: TrainConfig, folder: str, run: str, barrier: Callable[[], None] | None = None
+) -> dict[str, Any] | str | None:
+    """Trains; worker 0 returns the summary, the others None, all of them STOPPED where the run was stopped.
+
+    torch.distributed is initialised. `barrier` is called once every worker has its session.
+    """
+    torch.set_num_threads(config.trainer.threads)
+    stop = StopWord(RunFolder(run))
+    phases = phases_of(config)
+    session = Session(config, folder, [update for phase in phases for update in phase.cycle])
+    verify(folder, session.manifest, session.rank, session.workers, config.trainer.verify)
+    place = RunFolder(run)
+    watcher = Recorder(place, config.trainer.log_every) if session.rank == 0 else Silent()
+    checkpoints = Checkpoints(place.checkpoints, session, config.trainer.keep)
+    loop = Loop(session, phases, checkpoints, watcher, stop.wanted)
+    try:
+        step = loop.resume()
+        if session.rank == 0:
+            place.forget_after(step)
+        if barrier is not None:
+            barrier()
+        loop.run()
+        if loop.stopped:
+            return STOPPED
+        return _summary(config, session, loop, checkpoints, place)
+    finally:
+        session.close()
+        if isinstance(watcher, Recorder):
+            watcher.close()
+
+
+def phases_of(config: TrainConfig) -> list[Phase]:
+    """The recipe's phases with their updates built and their cycles written out."""
+    found = []
+    for phase in config.recipe.phases:
+        cycle = [u for spec in phase.cycle for u in [instantiate(spec.update)] * spec.times]
+        found.append(Phase(phase.name, cycle, phase.epochs or config.trainer.epochs))
+    return found
+
+
+class StopWord:
+    """Told to stop by SIGTERM to this process, or through the run folder (worker 0 looks once a second)."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder, self._told, self._looked = folder, False, 0.0
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._tell)
+
+    def wanted(self) -> bool:
+        now = time.monotonic()
+        if rank() == 0 and now - self._looked > 1.0:
+            self._looked = now
+            self._told = self._told or self._folder.stop_asked()
+        return self._told
+
+    def _tell(self, *_: object) -> None:
+        self._told = True
+
+
+def _summary(
+    config: TrainConfig, session: Session, loop: Loop, checkpoints: Checkpoints, place: RunFolder
+) -> dict[str, Any] | None:
+    """DESIGN's summary.json; the metrics are those of the best checkpoint, the digest that of the last state."""
+    p, manifest = loop.progress, session.manifest
+    digest = parameters_sha256(session)
+    checkpoints.load_parameters(checkpoints.at(p.best_step))
+    metrics = {split: evaluate(session, split) for split in ("valid", "test")}
+    passes = dict(session.passes)
+    interval, terms = config.upper.interval, config.hypergradient.terms
+    predicted = p.step + (p.step // interval) * (terms + 3) if p.upper_steps else p.step
+    summary = {
+        "schema": 1,
+        "recipe": config.recipe.name,
+        "model": str(config.model["_target_"]).rsplit(".", 1)[-1].lower(),
+        "seed": config.seed,
+        "world_size": world_size(),
+        "data": {
+            "name": config.data,
+            "users": manifest.counts["users"],
+            "items": {d: manifest.counts[f"{d}_items"] for d in ("source", "target")},
+            "examples": {split: manifest.examples(split) for split in ("train", "valid", "test")},
+        },
+        "steps": p.step,
+        "upper_steps": p.upper_steps,
+        "best": {"step": p.best_step, "metric": config.evaluation.metric, "value": p.best_value},
+        "metrics": metrics,
+        "throughput": {
+            "examples_per_s": round(loop.rows / loop.seconds, 1) if loop.seconds else None,
+            "stall_share": round(session.lower.waited_s / loop.seconds, 4) if loop.seconds else None,
+            "train_s": round(loop.seconds, 2),
+        },
+        "backward_passes": {**passes, "predicted": predicted},
+        "parameters_sha256": digest,
+    }
+    if session.rank:
+        return None
+    place.write_summary(summary)
+    return summary
