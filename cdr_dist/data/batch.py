@@ -59,7 +59,7 @@ class Batch:
         return Batch(**moved, global_rows=self.global_rows)
 
 
-@dataclass(frozen=True)
+@dataclass
 class BatchOptions:
     """What a batch is made of."""
 
