@@ -46,7 +46,7 @@ def random_log(seed: int, users: int, rows: int, items: int = 60, span: int = 10
 def run(folder: Path, source: list[Row], target: list[Row], **options: Any) -> tuple[PrepareOptions, Manifest]:
     folder.mkdir(parents=True, exist_ok=True)
     logs = {"source": write_log(folder / "s.tsv", source), "target": write_log(folder / "t.tsv", target)}
-    made = PrepareOptions(**logs, out=str(folder / "out"), **options)
+    made = PrepareOptions(**logs, **({"out": str(folder / "out")} | options))
     return made, prepare(made)
 
 
@@ -408,6 +408,11 @@ def test_reads_from_and_writes_to_an_object_store(tmp_path: Path, bucket: str) -
     shards = [s.path for s in [*manifest.vocab.values(), *(s for split in SPLITS for s in manifest.shards[split])]]
     assert files == {"logs/s.tsv", "logs/t.tsv", *(f"sets/one/{path}" for path in [*shards, "manifest.json"])}
     assert prepare(options) == manifest
+
+
+def test_a_bucket_that_is_not_there_is_named(tmp_path: Path, bucket: str) -> None:
+    with pytest.raises(UserError, match=r"^s3://nowhere/out: cannot be written \(The specified bucket does not exist"):
+        run(tmp_path, random_log(5, 20, 200), random_log(6, 20, 200), out="s3://nowhere/out")
 
 
 @pytest.mark.skipif(not AMAZON.is_dir(), reason=f"the real logs are not at {AMAZON} (CDR_SHARED)")

@@ -106,7 +106,11 @@ class Examples:
 
     @cached_property
     def target_history(self) -> tuple[np.ndarray, Slices]:
-        """The rows that are history, and the slice of them that is each row's target history."""
+        """The rows that may be history, and the slice of them that is each row's target history.
+
+        history=past: the positives before this behaviour, of any split: what a test row may know is all before it.
+        history=train: all positive training behaviours, the same for every row of a user, this one included.
+        """
         options, target = self.task.partition.options, self.target
         if options.history == "train":
             kept = (target.label > 0) & (self.split == splits.TRAIN)
@@ -156,8 +160,9 @@ class Examples:
 
     @cached_property
     def _row_bytes(self) -> Ints:
-        weights = ((self.target_history, 8), (self.source_history, 8), (self.source_candidates, 20))
-        return 64 + sum(w * s.lengths for (_, s), w in (*weights, (self.target_candidates, 12)))
+        slices = (self.target_history, self.source_history, self.source_candidates, self.target_candidates)
+        lengths = np.stack([of_row.lengths for _, of_row in slices])
+        return 64 + np.array([8, 8, 20, 12]) @ lengths
 
     def chunks(self) -> Iterator[range]:
         """Ranges of rows whose tables are about CHUNK_BYTES each."""

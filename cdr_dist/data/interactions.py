@@ -93,17 +93,20 @@ def _timestamps(values: pl.Series, place: _Place) -> pl.Series:
     if values.dtype.is_temporal():
         values = values.cast(pl.Datetime("us")).dt.epoch("s")
     whole = values.cast(pl.Int64, strict=False)
-    if values.dtype.is_integer() and not whole.has_nulls():
-        return whole
-    if whole.has_nulls() or values.dtype.is_float():  # 1318896000.0 is a whole number as well
-        numbers = values.cast(pl.Float64, strict=False)
-        from_float = numbers.cast(pl.Int64, strict=False)
-        exact = (from_float == numbers) & (numbers.abs() < 2**53)
-        whole = pl.select(pl.coalesce(pl.when(exact).then(from_float), None if values.dtype.is_float() else whole))
-        whole = whole.to_series()
+    if values.dtype.is_float():
+        whole = _whole_floats(values)
+    elif whole.has_nulls():  # 1318896000.0 is a whole number as well
+        whole = pl.select(pl.coalesce(whole, _whole_floats(values))).to_series()
     if whole.has_nulls():
         raise place.error(whole.is_null(), "timestamp{} is not a whole number", values)
     return whole
+
+
+def _whole_floats(values: pl.Series) -> pl.Series:
+    """Int64, null where the value is no number, has a fraction or is too large to be exact."""
+    numbers = values.cast(pl.Float64, strict=False)
+    exact = (numbers.floor() == numbers) & (numbers.abs() < 2**53)
+    return pl.select(pl.when(exact).then(numbers)).to_series().cast(pl.Int64)
 
 
 def _ratings(values: pl.Series, place: _Place) -> pl.Series:

@@ -19,7 +19,7 @@ LEAST_BEHAVIOURS = 3
 def split_of_behaviours(target: Behaviours, options: PrepareOptions) -> NDArray[np.int8]:
     """TRAIN, VALID or TEST for each row."""
     if options.split == "time":
-        bounds = [options.valid_from, options.test_from]
+        bounds = np.array([options.valid_from, options.test_from], dtype=np.int64)
         return np.searchsorted(bounds, target.timestamp, side="right").astype(np.int8)
     of_user = target.of_user[target.user]
     from_end = of_user - target.place  # 1 is the last

@@ -47,8 +47,14 @@ def read_bytes(uri: str) -> bytes:
 
 def write_bytes(uri: str, content: bytes) -> None:
     fs, path = locate(uri)
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    _make_parent(fs, path)
     fs.pipe_file(path, content)
+
+
+def _make_parent(fs: fsspec.AbstractFileSystem, path: str) -> None:
+    """Makes a file's folder; not on S3, which has none, and where s3fs would make a mistyped bucket instead."""
+    if "s3" not in fs.protocol:
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
 
 
 def size(uri: str) -> int:
@@ -66,7 +72,7 @@ def open_input(uri: str) -> Any:
 def open_output(uri: str) -> Any:
     """A binary file to write to; its folder is made."""
     fs, path = locate(uri)
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    _make_parent(fs, path)
     return fs.open(path, "wb")
 
 

@@ -29,7 +29,8 @@ def _run_on_ray(function: Callable[[A], R], arguments: Sequence[A], workers: int
     threads = {"env_vars": {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1"}}
     task = ray.remote(num_cpus=1, runtime_env=threads)(function)
     results: dict[Any, R] = {}
-    order, waiting = [], []
+    order: list[Any] = []
+    waiting: list[Any] = []
     try:
         for argument in arguments:
             if len(waiting) == workers:
