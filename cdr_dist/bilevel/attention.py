@@ -49,10 +49,8 @@ class PooledAttention(nn.Module):
                 0, members, self._bucket(unique, position, starts, lengths, from_source, members, size)
             )
         added = source @ value[:, half:].T
-        if self.padding is None:
-            taken = (lengths > 0).to(added.dtype)
-        else:  # zeroed outputs of padded positions still count in the mean
-            taken = lengths.to(added.dtype) / self.padding
+        # With padding, the zeroed outputs of padded positions still count in the mean.
+        taken = (lengths > 0).to(added.dtype) if self.padding is None else lengths.to(added.dtype) / self.padding
         return pooled.flatten(1) + added * taken.unsqueeze(1)
 
     def _bucket(

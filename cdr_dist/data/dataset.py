@@ -113,9 +113,7 @@ def read_manifest(folder: str) -> Manifest:
         version = raw.pop("schema")
         raw.pop("checksum")
         if version != SCHEMA_VERSION:
-            raise UserError(
-                f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}; prepare it again"
-            )
+            raise UserError(f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}; prepare it again")
         raw["shards"] = {split: [Shard(**s) for s in raw["shards"][split]] for split in SPLITS}
         raw["vocab"] = {name: Shard(**raw["vocab"][name]) for name in VOCABULARIES}
         return Manifest(**raw)

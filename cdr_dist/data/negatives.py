@@ -24,12 +24,12 @@ def draw_negatives(
     owner [n]: whose list a row must avoid; (avoid_owner, avoid_item) [m]: the lists, in long form. A rejected draw is
     repeated with the next attempt's bits. After 64 attempts (a list that covers nearly all items) the last stands.
     """
-    coordinates = tuple(np.broadcast_to(np.asarray(c), owner.shape) for c in coordinates)
+    along = [np.broadcast_to(np.asarray(c), owner.shape) for c in coordinates]
     taken = np.sort(avoid_owner.astype(np.int64) * items + avoid_item)
     drawn = np.empty(len(owner), dtype=np.int64)
     todo = np.arange(len(owner))
     for attempt in range(_ATTEMPTS):
-        bits = mix(start, *(c[todo] for c in coordinates), np.int64(attempt))
+        bits = mix(start, *(c[todo] for c in along), np.int64(attempt))
         drawn[todo] = FIRST_ID + integers(bits, items - FIRST_ID)
         wanted = owner[todo] * items + drawn[todo]
         place = np.minimum(np.searchsorted(taken, wanted), max(len(taken) - 1, 0))

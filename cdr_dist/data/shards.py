@@ -69,9 +69,13 @@ def verify(folder: str, manifest: Manifest, part: int = 0, parts: int = 1, how: 
             content = storage.read_bytes(uri)
             size, same = len(content), storage.sha256(content) == file.sha256
         else:
-            fs, path = storage.locate(uri)
-            size, same = storage.with_deadline(lambda fs=fs, path=path: int(fs.size(path)), uri), True
+            size, same = _size(uri), True
         if size != file.bytes:
             raise UserError(f"{uri}: {size} bytes, the manifest says {file.bytes}; the file is truncated or replaced")
         if not same:
             raise UserError(f"{uri}: its checksum differs from the manifest's; the file is damaged or replaced")
+
+
+def _size(uri: str) -> int:
+    fs, path = storage.locate(uri)
+    return storage.with_deadline(lambda: int(fs.size(path)), uri)

@@ -82,8 +82,9 @@ def _log(
 ) -> pl.DataFrame:
     """taste [users, categories]: the taste that rules each user's likes in each category."""
     categories = taste.shape[1]
-    # Each taste likes half of the categories, so that no category is liked by all.
-    liked = np.stack([random.permutation(categories) < categories / 2 for _ in range(shape.tastes)])
+    # Every category is liked by half of the tastes: without the user's taste nothing can be told.
+    half = np.arange(shape.tastes) < shape.tastes / 2
+    liked = np.stack([random.permutation(half) for _ in range(categories)], axis=1)
     user = np.repeat(np.arange(shape.users), behaviours)
     item = random.integers(0, items, len(user))
     category = item % categories

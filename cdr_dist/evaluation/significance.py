@@ -80,22 +80,24 @@ def paired_bootstrap(
 ) -> PairedDifference:
     """Whether scorer a beats scorer b on the same rows, users drawn with replacement; arguments are [rows].
 
-    A user's rows are drawn together, since they are not independent. The interval is the 2.5th to 97.5th
-    percentile of the difference; p is twice the smaller share of resamples on either side of 0, the observed
-    data counted as one resample, so it is never below 2 / (resamples + 1). Resamples without both classes are
+    Scores are [rows] or, of several seeds, [seeds, rows]: then the metric is the mean over seeds, and a draw of
+    users is the same for all. A user's rows are drawn together, since they are not independent. The interval is the
+    2.5th to 97.5th percentile of the difference; p is twice the smaller share of resamples on either side of 0, the
+    observed data counted as one resample, so it is never below 2 / (resamples + 1). Resamples without both classes are
     left out. ValueError: columns of unequal length, or a score that is not finite.
     """
     label, a, b = np.asarray(labels), np.asarray(scores_a, np.float64), np.asarray(scores_b, np.float64)
     user = np.unique(np.asarray(users), return_inverse=True)[1]
-    if not len(user) == len(label) == len(a) == len(b):
-        lengths = f"{len(user)}, {len(label)}, {len(a)} and {len(b)}"
+    a, b = np.atleast_2d(a), np.atleast_2d(b)
+    if not len(user) == len(label) == a.shape[1] == b.shape[1]:
+        lengths = f"{len(user)}, {len(label)}, {a.shape[1]} and {b.shape[1]}"
         raise ValueError(f"users, labels and both scores must be of the same rows, but have {lengths}")
     if bad := int(np.count_nonzero(~np.isfinite(a)) + np.count_nonzero(~np.isfinite(b))):
         raise ValueError(f"{bad} scores are not finite")
     nan = float("nan")
     if not len(user):
         return PairedDifference(nan, nan, nan, nan, 0)
-    metric_a, metric_b = metric(user, label, a), metric(user, label, b)
+    metric_a, metric_b = (_mean_of([metric(user, label, one) for one in scores]) for scores in (a, b))
     count = int(user.max()) + 1
     everyone = np.ones((1, count), np.int64)
     observed = float((metric_a(everyone) - metric_b(everyone))[0])
@@ -113,6 +115,10 @@ def paired_bootstrap(
     smaller = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
     p = min(1.0, 2 * (smaller + 1) / (len(differences) + 1))
     return PairedDifference(observed, float(low), float(high), float(p), len(differences))
+
+
+def _mean_of(metrics: list[Resampled]) -> Resampled:
+    return lambda drawn: np.mean([metric(drawn) for metric in metrics], axis=0)
 
 
 def paired_t(a: ArrayLike, b: ArrayLike) -> PairedDifference:

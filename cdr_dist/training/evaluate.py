@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from cdr_dist.data.stream import Rows
@@ -32,7 +35,13 @@ def evaluation_batch(session: Session, rows: Rows):
     return session.builder.evaluate(rows.table, rows.global_rows).to(session.device)
 
 
-def evaluate(session: Session, split: str) -> dict[str, float]:
-    """The metrics of a split; HR@K and NDCG@K for evaluation.ks where negatives are stored."""
-    ks = tuple(session.config.evaluation.ks)
-    return score_split(session, split).compute(ks=ks)
+def evaluate(session: Session, split: str, scores: Path | None = None) -> dict[str, float]:
+    """The metrics of a split; HR@K and NDCG@K for evaluation.ks where negatives are stored.
+
+    `scores`: worker 0 writes every row there (Parquet: user, example, label, score).
+    """
+    rows = score_split(session, split)
+    if scores is not None and session.rank == 0:
+        columns = {"user": rows.user, "example": rows.group, "label": rows.label, "score": rows.score}
+        pq.write_table(pa.table(columns), scores)
+    return rows.compute(ks=tuple(session.config.evaluation.ks))

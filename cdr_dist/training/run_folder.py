@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import time
@@ -21,6 +22,8 @@ from cdr_dist.errors import UserError
 FREE = ("trainer.workers", "trainer.max_steps", "trainer.log_every", "trainer.checkpoint_every", "trainer.keep", "run")
 """What may differ when a run is continued (and max_steps only upwards)."""
 FREE_TOO = ("trainer.max_failures", "trainer.verify")
+SCORES = "scores_test.parquet"
+"""Every row of the test split as the best checkpoint scores it: user, example, label, score."""
 _PACKAGES = ("torch", "torchrec", "ray", "pyarrow", "numpy", "polars", "hydra-core")
 
 
@@ -61,12 +64,12 @@ class RunFolder:
         return json.loads(path.read_text()) if path.exists() else None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        self._write(self.path / "summary.json", json.dumps(summary, indent=1))
+        self._write(self.path / "summary.json", json.dumps(_plain(summary), indent=1))
 
     def log(self, **values: Any) -> None:
         """Appends one line to metrics.jsonl."""
         with self._metrics.open("a") as out:
-            out.write(json.dumps(values | {"time": round(time.time(), 3)}) + "\n")
+            out.write(json.dumps(_plain(values) | {"time": round(time.time(), 3)}) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drops the lines of steps that a resume repeats."""
@@ -103,6 +106,15 @@ class RunFolder:
         part = path.with_name(path.name + ".part")
         part.write_text(text)
         os.replace(part, path)
+
+
+def _plain(value: Any) -> Any:
+    """NaN and infinity are not JSON: null."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def versions() -> dict[str, str]:

@@ -101,7 +101,7 @@ class Console:
             self._warn_of_growth(step, values)
             return
         keys = ("auc", "gauc", "logloss") if line["split"] == "valid" else ("target_loss", "source_loss")
-        text = "  ".join(f"{k} {values[k]:.4f}" for k in keys if k in values)
+        text = "  ".join(f"{k} {values[k]:.4f}" for k in keys if values.get(k) is not None)
         if self._bar is not None:
             self._bar.n = step
             self._bar.set_postfix_str(text)

@@ -53,7 +53,7 @@ class Upper:
         s.optimisers["perceptron"].zero_grad(set_to_none=True)
         norms = found.norms.tolist()
         return {
-            "gamma": float(s.perceptron.gamma),
+            "gamma": float(s.perceptron.gamma.detach()),
             "hypergradient_norm": norm,
             "series_first": norms[0],
             "series_last": norms[-1],

@@ -18,7 +18,7 @@ from cdr_dist.training.checkpoint import Checkpoints
 from cdr_dist.training.digest import parameters_sha256
 from cdr_dist.training.evaluate import evaluate
 from cdr_dist.training.loop import Loop, Phase
-from cdr_dist.training.run_folder import RunFolder
+from cdr_dist.training.run_folder import SCORES, RunFolder
 from cdr_dist.training.session import Session
 from cdr_dist.training.tracking import Recorder, Silent
 
@@ -93,7 +93,7 @@ def _summary(
     p, manifest = loop.progress, session.manifest
     digest = parameters_sha256(session)
     checkpoints.load_parameters(checkpoints.at(p.best_step))
-    metrics = {split: evaluate(session, split) for split in ("valid", "test")}
+    metrics = {"valid": evaluate(session, "valid"), "test": evaluate(session, "test", place.path / SCORES)}
     passes = dict(session.passes)
     interval, terms = config.upper.interval, config.hypergradient.terms
     predicted = p.step + (p.step // interval) * (terms + 3) if p.upper_steps else p.step
