@@ -148,11 +148,8 @@ class _Problem:
         loss = (dev.weight * cross_entropy(logit, dev.label)).sum() / dev.global_rows * self._local_factor
         dense = [self._dense[n] for n in self._dense_names]
         named = [t for t in self._row_names if t in rows.rows]
-        found = torch.autograd.grad(loss, [*dense, *(rows.rows[t] for t in named)], allow_unused=True)
-        found = [
-            torch.zeros_like(x) if g is None else g
-            for g, x in zip(found, [*dense, *(rows.rows[t] for t in named)], strict=True)
-        ]
+        inputs = [*dense, *(rows.rows[t] for t in named)]
+        found = list(torch.autograd.grad(loss, inputs, materialize_grads=True))
         by_table = {t: torch.zeros_like(r) for t, r in rows.rows.items()}
         by_table |= dict(zip(named, found[len(dense) :], strict=True))
         pulled = self._exchange.pull(self._exchange_of(rows), by_table)
@@ -162,24 +159,20 @@ class _Problem:
     def hessian_vector(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """H v summed over workers, from the kept graph."""
         product = torch.autograd.grad(
-            self._gradient, self._theta, grad_outputs=list(vector), retain_graph=True, allow_unused=True
+            self._gradient, self._theta, grad_outputs=list(vector), retain_graph=True, materialize_grads=True
         )
-        return self._summed(
-            [torch.zeros_like(x) if g is None else g for g, x in zip(product, self._theta, strict=True)]
-        )
+        return self._summed(product)
 
     def mixed(self, vector: Sequence[Tensor]) -> dict[str, Tensor]:
         """-grad_phi (vector . grad_theta L_train), equal on all workers."""
         names, phi = zip(*self._perceptron.named_parameters(), strict=True)
         if self._perceptron.options.item_gradient:
-            along = sum((g * v).sum() for g, v in zip(self._gradient, vector, strict=True))
+            along = torch.stack([(g * v).sum() for g, v in zip(self._gradient, vector, strict=True)]).sum()
         else:
             # d/dw_j of (vector . gradient) is how much behaviour j's loss changes along the vector.
             (slope,) = torch.autograd.grad(self._gradient, [self._leaf], grad_outputs=list(vector))
             along = (self._weights * slope).sum()
-        found = torch.autograd.grad(along, phi, allow_unused=True)
-        filled = [torch.zeros_like(p) if g is None else g for g, p in zip(found, phi, strict=True)]
-        summed = reduce_flat(filled)
+        summed = reduce_flat(list(torch.autograd.grad(along, phi, materialize_grads=True)))
         return {n: -g / self._local_factor for n, g in zip(names, summed, strict=True)}
 
     def norm(self, vector: Sequence[Tensor]) -> Tensor:

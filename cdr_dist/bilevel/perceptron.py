@@ -74,8 +74,19 @@ class BehaviouralPerceptron(nn.Module):
         return global_part * local_part
 
     def initial_values(self) -> dict[str, Tensor]:
+        """gamma_1 = 0 and gamma_2 near 1: all weights start equal, as in joint training, and gamma_1 can move.
+
+        With random signs of gamma_2 the product would pull gamma_1 up for one user and down for the next.
+        """
         start = torch.tensor(self.options.gamma_initial)
-        return {"gamma_raw": start.expm1().log() if self.options.gamma == "softplus" else start}
+        named = dict(self.named_parameters())
+        first, last = f"global_mlp.{len(self.global_mlp) - 1}", f"local_mlp.{len(self.local_mlp) - 1}"
+        return {
+            "gamma_raw": start.expm1().log() if self.options.gamma == "softplus" else start,
+            f"{first}.weight": torch.zeros_like(named[f"{first}.weight"]),
+            f"{last}.weight": torch.zeros_like(named[f"{last}.weight"]),
+            f"{last}.bias": torch.ones_like(named[f"{last}.bias"]),
+        }
 
 
 @dataclass(frozen=True)

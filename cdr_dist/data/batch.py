@@ -75,6 +75,26 @@ class BatchOptions:
             raise UserError(f"batch.history_length={self.history_length}: must be at least 1")
 
 
+@dataclass(frozen=True)
+class HoldOut:
+    """Which training behaviour of which user is kept for the dev loss, for a period of epochs; nothing is stored.
+
+    In every period `share` of the users with at least two training behaviours have one of them held out, drawn anew: so
+    lower updates have not been fitted on it lately, and no behaviour is lost for good.
+    """
+
+    seed: int
+    share: float
+    epochs: int
+
+    def of(self, user: NDArray, behaviours: NDArray, epoch: int) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """(whether the user has a behaviour held out, which one), each [n]; behaviours: the user's number of them."""
+        period = epoch // self.epochs
+        chosen = integers(mix(key("held_out", self.seed), user, period), np.maximum(behaviours, 1))
+        drawn = uniform(mix(key("hold_out", self.seed), user, period)) < self.share
+        return drawn & (behaviours > 1), chosen
+
+
 class BatchBuilder:
     """Turns stored rows into batches for one dataset. `source`: with source items; `histories`: with histories."""
 
@@ -106,18 +126,60 @@ class BatchBuilder:
             wanted += _HISTORIES
         return wanted
 
-    def train(self, table: pa.Table, epoch: int, global_rows: int) -> Batch:
-        """global_rows: stored rows of the global step; the batch counts its negatives too."""
+    def train(self, table: pa.Table, epoch: int, global_rows: int, hold_out: HoldOut | None = None) -> Batch:
+        """global_rows: stored rows of the global step; the batch counts its negatives too.
+
+        Rows that `hold_out` keeps for the dev loss get weight 0 (global_rows still counts them).
+        """
         stored = _Stored(table)
+        item, category, label = stored["item"], stored["category"], stored["label"]
+        batch = self._with_negatives(stored, item, category, label, "", epoch, global_rows)
+        if hold_out is not None and len(stored):
+            held, chosen = hold_out.of(stored["user"], stored.lists("target_candidates_item").lengths, epoch)
+            kept = ~(held & (stored["position"] == chosen))
+            batch.weight = torch.from_numpy(np.repeat(kept, self.expansion)).float()
+        return batch
+
+    def dev_of_same_users(
+        self, table: pa.Table, epoch: int, global_rows: int, hold_out: HoldOut | None = None
+    ) -> Batch:
+        """For every stored row another training behaviour of its user: any other, or the one held out.
+
+        Users without one have weight 0 (global_rows still counts them).
+        """
+        stored = _Stored(table)
+        peers = stored.lists("target_candidates_item")
+        if hold_out is None:
+            chosen = integers(
+                mix(key("dev", self._seed), epoch, stored["example_id"]), np.maximum(peers.lengths - 1, 1)
+            )
+            chosen += (stored["position"] >= 0) & (chosen >= stored["position"])
+            valid = peers.lengths > 1
+            chosen = np.where(valid, chosen, 0)
+        else:
+            valid, chosen = hold_out.of(stored["user"], peers.lengths, epoch)
+        rows = np.arange(len(stored))
+        item, category, label = (
+            stored.lists(f"target_candidates_{part}").pick(rows, chosen) for part in ("item", "category", "label")
+        )
+        batch = self._with_negatives(stored, item, category, label, "dev_", epoch, global_rows)
+        if len(stored):
+            batch.weight = torch.from_numpy(np.repeat(valid, self.expansion)).float()
+        return batch
+
+    def _with_negatives(
+        self, stored: _Stored, item: NDArray, category: NDArray, label: NDArray, name: str, epoch: int, global_rows: int
+    ) -> Batch:
+        """Every given behaviour and its negatives; `name` keeps the draws of different uses apart."""
         k = self.expansion - 1
         row, j = _expanded(len(stored), k)
-        item, category = stored["item"][row], stored["category"][row]
-        label = np.where(j > 0, 0.0, stored["label"][row])
+        item, category = item[row].astype(np.int64), category[row].astype(np.int64)
+        label = np.where(j > 0, 0.0, label[row])
         negative = np.flatnonzero(j > 0)
         if len(negative):
             peers = stored.lists("target_candidates_item")
             item[negative] = draw_negatives(
-                key("negative", self._seed),
+                key(f"{name}negative", self._seed),
                 (epoch, stored["example_id"][row[negative]], j[negative]),
                 row[negative],
                 peers.owner,

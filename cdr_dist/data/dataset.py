@@ -117,5 +117,7 @@ def read_manifest(folder: str) -> Manifest:
         raw["shards"] = {split: [Shard(**s) for s in raw["shards"][split]] for split in SPLITS}
         raw["vocab"] = {name: Shard(**raw["vocab"][name]) for name in VOCABULARIES}
         return Manifest(**raw)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged manifest ({error}); prepare the dataset again") from error

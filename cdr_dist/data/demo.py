@@ -22,9 +22,14 @@ def dataset_of(data: str) -> str:
     if data != DEMO:
         return data
     folder = Path(FOLDER).absolute()
-    if not (folder / FILE).exists():
+    if not is_written():
         write_planted(Planted(), str(folder))
     return str(folder)
+
+
+def is_written() -> bool:
+    """Whether the demo is there; its truth is written last."""
+    return (Path(FOLDER) / FILE).exists()
 
 
 def write_planted(shape: Planted, folder: str) -> Manifest:

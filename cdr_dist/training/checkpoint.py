@@ -8,8 +8,10 @@ checkpoints/step-00000400/COMPLETE
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,6 +43,8 @@ class Progress:
     phase_done: bool = False
     lower: Place = field(default_factory=Place)
     dev: Place = field(default_factory=Place)
+    validated_step: int = -1
+    """A run that was told to stop saves before it validates: the validation is made up for on resume."""
     best_step: int = -1
     best_value: float = float("nan")
     bad_validations: int = 0
@@ -73,45 +77,55 @@ class Checkpoints:
         """Writes beside the final name and renames; UserError where the disk is full, earlier ones untouched."""
         s = self._session
         final, part = self.at(progress.step), self._folder / f"part-{progress.step:08d}"
-        if s.rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-        dist.barrier()
         error = ""
+        if s.rank == 0:
+            for left in self._folder.glob("part-*"):  # of a run that was killed while it wrote
+                shutil.rmtree(left, ignore_errors=True)
+        dist.barrier()
         try:
             dcp.save(s.tables.state_dict(), checkpoint_id=part / "tables", no_dist=s.workers == 1)
             if s.rank == 0:
-                torch.save(dense_state(s), part / "state.pt")
-                (part / "place.json").write_text(json.dumps(asdict(progress)))
+                _write(part / "state.pt", _saved(dense_state(s)))
+                _write(part / "place.json", json.dumps(asdict(progress)).encode())
         except (OSError, RuntimeError, dcp.api.CheckpointException) as failure:
             error = _reason(failure)
         self._agree(error, part)
-        if s.rank == 0:
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(part, final)
-            (final / COMPLETE).touch()
-            self._drop_old(progress)
-        dist.barrier()
+        try:
+            if s.rank == 0:
+                _drop(final)
+                os.replace(part, final)
+                _write(final / COMPLETE, b"")
+                self._drop_old(progress)
+        except OSError as failure:
+            error = _reason(failure)
+        self._agree(error, part)
 
     def load(self, path: Path) -> Progress:
         """Tables, dense state and progress. Any number of workers may have written it."""
         s = self._session
-        progress = Progress.from_json((path / "place.json").read_text())
+        try:
+            progress = Progress.from_json((path / "place.json").read_text())
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise _damaged(path, error) from error
         if progress.data_checksum != s.manifest.checksum:
             raise UserError(f"{path}: belongs to another dataset than {s.folder} (their checksums differ)")
-        self.load_parameters(path)
-        state = torch.load(path / "state.pt", weights_only=True, map_location=s.device)
+        state = self.load_parameters(path)
         for name, optimiser in s.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
         s.passes = dict(progress.passes)
         return progress
 
-    def load_parameters(self, path: Path) -> None:
-        """What scoring needs: tables, model, perceptron."""
+    def load_parameters(self, path: Path) -> dict[str, Any]:
+        """What scoring needs: tables, model, perceptron. Returns all of the dense state."""
         s = self._session
-        dcp.load(s.tables.state_dict(), checkpoint_id=path / "tables", no_dist=s.workers == 1)
-        state = torch.load(path / "state.pt", weights_only=True, map_location=s.device)
+        try:
+            dcp.load(s.tables.state_dict(), checkpoint_id=path / "tables", no_dist=s.workers == 1)
+            state = torch.load(path / "state.pt", weights_only=True, map_location=s.device)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
+            raise _damaged(path, error) from error
         for name, values in state["modules"].items():
             getattr(s, name).load_state_dict(values)
+        return state
 
     def _agree(self, error: str, part: Path) -> None:
         """Any worker's failure is everybody's, with its reason."""
@@ -127,8 +141,7 @@ class Checkpoints:
         paths = sorted(complete(self._folder))
         kept = {self.at(progress.best_step), *paths[-max(self._keep, 1) :]}
         for path in set(paths) - kept:
-            (path / COMPLETE).unlink()
-            shutil.rmtree(path, ignore_errors=True)
+            _drop(path)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -143,8 +156,37 @@ def dense_state(session: Session) -> dict[str, Any]:
     }
 
 
+def _drop(path: Path) -> None:
+    """The mark goes first: what is killed half-way leaves nothing that looks complete."""
+    (path / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _saved(state: dict[str, Any]) -> bytes:
+    """Through memory: torch.save into a file hides why a write failed."""
+    out = io.BytesIO()
+    torch.save(state, out)
+    return out.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _damaged(path: Path, error: BaseException) -> UserError:
+    return UserError(f"{path}: damaged checkpoint ({_reason(error)}); delete it to continue from the one before")
+
+
 def _reason(failure: BaseException) -> str:
+    """One line; of a failure on several workers, the first worker's."""
     nested = getattr(failure, "failures", None)
     if nested:
         failure = next(iter(nested.values()))[0]
+    while failure.__cause__ is not None and not isinstance(failure, OSError):
+        failure = failure.__cause__
+    if isinstance(failure, OSError) and failure.strerror:
+        return failure.strerror
     return str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__

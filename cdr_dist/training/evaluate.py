@@ -11,6 +11,7 @@ import torch
 
 from cdr_dist.data.stream import Rows
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
+from cdr_dist.errors import UserError
 from cdr_dist.evaluation.metrics import Predictions, ScoredRows
 
 if TYPE_CHECKING:
@@ -44,4 +45,7 @@ def evaluate(session: Session, split: str, scores: Path | None = None) -> dict[s
     if scores is not None and session.rank == 0:
         columns = {"user": rows.user, "example": rows.group, "label": rows.label, "score": rows.score}
         pq.write_table(pa.table(columns), scores)
-    return rows.compute(ks=tuple(session.config.evaluation.ks))
+    try:
+        return rows.compute(ks=tuple(session.config.evaluation.ks))
+    except ValueError as error:
+        raise UserError(f"{split}: {error}") from error

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import sys
 
-import psutil
-
 from cdr_dist.configuration import TrainConfig, from_words
-from cdr_dist.data.dataset import Manifest, read_manifest
-from cdr_dist.data.demo import dataset_of
+from cdr_dist.data.demo import DEMO, dataset_of, is_written
 from cdr_dist.data.shards import verify
-from cdr_dist.errors import UserError
+from cdr_dist.training.checks import check_before_start, table_bytes
 from cdr_dist.training.launch import quiet_libraries, train
 from cdr_dist.training.run_folder import RunFolder
-from cdr_dist.training.session import build_model, check_dataset, table_specs
-from cdr_dist.training.worker import phases_of
 
 
 def train_job(words: list[str], check: bool = False) -> None:
@@ -23,9 +18,10 @@ def train_job(words: list[str], check: bool = False) -> None:
         print(check_run(config))
         return
     place = RunFolder(config.run)
-    done = place.summary()
+    place.check(config)  # before the demo data is written
+    before = place.summary()
     summary = train(config, dataset_of(config.data))
-    if done is not None and done["steps"] == summary["steps"]:
+    if before == summary:
         print(f"{place.path}: already finished ({summary['steps']} steps)", file=sys.stderr)
     test = summary["metrics"]["test"]
     print(
@@ -37,29 +33,13 @@ def train_job(words: list[str], check: bool = False) -> None:
 def check_run(config: TrainConfig) -> str:
     """Everything that can be found before anything starts; a line that says what would be trained."""
     quiet_libraries()
+    RunFolder(config.run).check(config)
+    if config.data == DEMO and not is_written():
+        return f"ok: {config.recipe.name} on {DEMO}, which is written on first use"
     folder = dataset_of(config.data)
-    manifest = read_manifest(folder)
-    check_dataset(config, manifest)
+    manifest = check_before_start(config, folder)
     verify(folder, manifest, how=config.trainer.verify)
-    phases_of(config)
-    place = RunFolder(config.run)
-    if place.path.exists() and any(place.path.iterdir()):
-        place.check(config)
-    needed = table_bytes(config, manifest)
-    free = psutil.virtual_memory().available
-    if config.trainer.device == "cpu" and needed > free and config.trainer.workers < 2:
-        raise UserError(f"the tables need {needed / 2**30:.1f} GiB, this machine has {free / 2**30:.1f} GiB free")
     return (
-        f"ok: {config.recipe.name} on {config.data}: {manifest.examples('train')} training rows, "
-        f"tables {needed / 2**20:.1f} MiB over {max(config.trainer.workers, 1)} worker(s)"
+        f"ok: {config.recipe.name} on {config.data}: {manifest.examples('train')} training rows, tables "
+        f"{table_bytes(config, manifest) / 2**20:.1f} MiB over {max(config.trainer.workers, 1)} worker(s)"
     )
-
-
-def table_bytes(config: TrainConfig, manifest: Manifest) -> int:
-    """Rows and fused optimiser state, all workers together."""
-    state = {"rowwise_adagrad": 4, "sgd": 0}
-    total = 0
-    for spec in table_specs(config, manifest, build_model(config)):
-        per_row = state.get(config.tables.optimiser, 4 * spec.width * (2 if config.tables.optimiser == "adam" else 1))
-        total += spec.padded_rows * (4 * spec.width + per_row)
-    return total

@@ -5,32 +5,33 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from cdr_dist.configuration import TrainConfig, from_yaml, to_yaml
-from cdr_dist.data.dataset import read_manifest
 from cdr_dist.errors import Stopped, UserError
+from cdr_dist.training.checks import check_before_start
 from cdr_dist.training.run_folder import RunFolder
-from cdr_dist.training.session import check_dataset
 from cdr_dist.training.tracking import Console
 from cdr_dist.training.worker import STOPPED, work
 
 
 def train(config: TrainConfig, folder: str, quiet: bool = False) -> dict[str, Any]:
     """Trains, or continues the run in `config.run`, and returns its summary. Raises UserError, Stopped."""
-    check_dataset(config, read_manifest(folder))
+    quiet_libraries()
+    check_before_start(config, folder)
     place = RunFolder(config.run)
-    place.open(config)
-    done = place.summary()
-    if done is not None and not _goes_on(done, config):
+    done = place.open(config)
+    if done is not None:
         return done
     title = f"{config.recipe.name} seed {config.seed}"
     with Console(place, title, config.trainer.max_steps, quiet):
         start = _in_process if config.trainer.workers == 0 else _on_ray
-        result = start(config, folder, place)
+        result = start(config, _absolute(folder), place)
     if result == STOPPED:
         raise Stopped(f"{place.path}: stopped; the same command continues")
     summary = place.summary()
@@ -38,12 +39,12 @@ def train(config: TrainConfig, folder: str, quiet: bool = False) -> dict[str, An
     return summary
 
 
-def _goes_on(done: dict[str, Any], config: TrainConfig) -> bool:
-    return config.trainer.max_steps > done["steps"]
+def _absolute(folder: str) -> str:
+    """Workers stand in folders of their own."""
+    return folder if "://" in folder else str(Path(folder).expanduser().absolute())
 
 
 def _in_process(config: TrainConfig, folder: str, place: RunFolder) -> Any:
-    quiet_libraries()
     os.environ["LOCAL_WORLD_SIZE"] = "1"
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     before = signal.getsignal(signal.SIGTERM)
@@ -55,13 +56,38 @@ def _in_process(config: TrainConfig, folder: str, place: RunFolder) -> Any:
 
 
 def _on_ray(config: TrainConfig, folder: str, place: RunFolder) -> Any:
+    """Starts again where workers were lost. Not left to Ray Train, which starts again on a user's mistake, too."""
     import ray
+    from ray.train import TrainingFailedError
+
+    before = signal.getsignal(signal.SIGTERM)
+    lost = 0
+    try:
+        connect(config.trainer.workers)
+        signal.signal(signal.SIGTERM, lambda *_: place.ask_to_stop())  # Ray has set its own
+        while True:
+            try:
+                return _trainer(config, folder, place).fit().return_value
+            except TrainingFailedError as error:
+                mistake = users_mistake(error)
+                if mistake is not None:
+                    raise UserError(mistake) from error
+                if lost == config.trainer.max_failures:
+                    raise
+                lost += 1
+                print(_lost(error, lost, config.trainer.max_failures), file=sys.stderr, flush=True)
+    finally:
+        if started_here():
+            ray.shutdown()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _trainer(config: TrainConfig, folder: str, place: RunFolder) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    connect(config.trainer.workers)
     cuda = config.trainer.device == "cuda"
-    trainer = TorchTrainer(
+    return TorchTrainer(
         ray_worker,
         train_loop_config={"config": to_yaml(config), "folder": folder, "run": str(place.path)},
         scaling_config=ScalingConfig(num_workers=config.trainer.workers, use_gpu=cuda),
@@ -71,29 +97,22 @@ def _on_ray(config: TrainConfig, folder: str, place: RunFolder) -> Any:
             # the run folder's.
             name=f"{place.path.name}-{os.getpid()}-{os.urandom(3).hex()}",
             storage_path=str(place.path / "ray"),
-            failure_config=FailureConfig(max_failures=config.trainer.max_failures),
+            failure_config=FailureConfig(max_failures=0),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
-    before = signal.signal(signal.SIGTERM, lambda *_: place.ask_to_stop())
-    try:
-        trainer.fit()
-    except Exception as error:
-        mistake = users_mistake(error)
-        if mistake is None:
-            raise
-        raise UserError(mistake) from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        if started_here():
-            ray.shutdown()
-    return STOPPED if place.stop_asked() and place.summary() is None else None
 
 
-def ray_worker(given: dict[str, str]) -> None:
+def _lost(error: Exception, lost: int, most: int) -> str:
+    failures = getattr(error, "worker_failures", {})
+    who = ", ".join(f"worker {rank} ({type(e).__name__})" for rank, e in sorted(failures.items())) or "the workers"
+    return f"lost {who}; starting again from the newest checkpoint ({lost} of {most} times)"
+
+
+def ray_worker(given: dict[str, str]) -> Any:
     """What Ray Train calls on every worker."""
     quiet_libraries()
-    work(from_yaml(given["config"]), given["folder"], given["run"])
+    return work(from_yaml(given["config"]), given["folder"], given["run"])
 
 
 _ours = False

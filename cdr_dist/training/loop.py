@@ -89,6 +89,7 @@ class Loop:
 
     def _run_phase(self, phase: Phase) -> None:
         p = self.progress
+        self._validate_if_due(phase)
         while not (p.phase_done or self._at_end(phase) or self.stopped):
             update = phase.cycle[p.position]
             start = time.perf_counter()
@@ -97,6 +98,7 @@ class Loop:
             p.position = (p.position + 1) % len(phase.cycle)
             if not update.counts:
                 p.upper_steps += 1
+                self._check_finite(phase, values)
                 self._watcher.updated(p.step, phase.name, values)
                 continue
             p.step += 1
@@ -108,12 +110,19 @@ class Loop:
             self._save()
 
     def _after_step(self, phase: Phase) -> None:
+        if self.stopped:  # the validation may take long: it is made up for on resume
+            return
+        every = self._options.checkpoint_every
+        if not self._validate_if_due(phase) and every and self.progress.step % every == 0:
+            self._save()
+
+    def _validate_if_due(self, phase: Phase) -> bool:
         p, every = self.progress, self._session.config.evaluation.every or self._session.lower.steps_per_epoch
-        if (p.step % every == 0 or self._at_end(phase)) and not self.stopped:
-            self._validate(phase)
-            self._save()
-        elif self._options.checkpoint_every and p.step % self._options.checkpoint_every == 0:
-            self._save()
+        if p.step in (0, p.validated_step) or not (p.step % every == 0 or self._at_end(phase)):
+            return False
+        self._validate(phase)
+        self._save()
+        return True
 
     def _validate(self, phase: Phase) -> None:
         p, options = self.progress, self._session.config.evaluation
@@ -121,6 +130,7 @@ class Loop:
         if options.metric not in values:
             raise UserError(f"evaluation.metric={options.metric}: not among {', '.join(sorted(values))}")
         value = values[options.metric]
+        p.validated_step = p.step
         sign = -1 if options.smaller_is_better else 1
         if math.isnan(p.best_value) or sign * value > sign * p.best_value:
             p.best_step, p.best_value, p.bad_validations = p.step, value, 0
@@ -146,14 +156,16 @@ class Loop:
                 self.rows += self._session.config.batch.size
 
     def _check_finite(self, phase: Phase, values: dict[str, float]) -> None:
-        """The loss is a sum over workers, so all of them stop together."""
-        if all(math.isfinite(v) for v in values.values()):
+        """The numbers are equal on all workers, so all of them stop together."""
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if not bad:
             return
         where = non_finite(self._session)
+        shown = ", ".join(where[:6]) + (f" and {len(where) - 6} more" if len(where) > 6 else "")
+        lower = "tables.lr or dense.lr" if "loss" in values else "upper.lr or hypergradient.alpha"
         raise UserError(
-            f"step {self.progress.step} of phase {phase.name}: the loss is not finite "
-            f"(target {values.get('target_loss'):g}, source {values.get('source_loss', 0.0):g}); "
-            f"not finite: {', '.join(where) or 'no parameter yet'}. Lower tables.lr or dense.lr"
+            f"step {self.progress.step} of phase {phase.name}: {', '.join(bad)} not finite; "
+            f"parameters that are not finite: {shown or 'none yet'}. Lower {lower}"
         )
 
 
@@ -164,6 +176,8 @@ def non_finite(session: Session) -> list[str]:
     from cdr_dist.embeddings.workers import max_over_workers
 
     parts: dict[str, Any] = {f"table {t}": shard for t, (_, shard) in session.tables.shards().items()}
-    parts |= dict(session.model.named_parameters())
+    for module in ("model", "perceptron", "dev_head"):
+        if getattr(session, module) is not None:
+            parts |= {f"{module}.{n}": p for n, p in getattr(session, module).named_parameters()}
     bad = torch.tensor([0.0 if bool(v.isfinite().all()) else 1.0 for v in parts.values()])
     return [name for name, flag in zip(parts, max_over_workers(bad).tolist(), strict=True) if flag]

@@ -73,7 +73,9 @@ class UpperOptions:
     """reordered: the train set in its own order (the paper); same_users: other training behaviours of the train batch's
     users; rotating: the same, but behaviours that lower updates leave out for the time being."""
     rotate_epochs: int = 1
-    """With dev=rotating: epochs of the lower stream after which a user's held-out behaviour changes."""
+    """With dev=rotating: epochs of the lower stream after which the held-out behaviours change."""
+    hold_out: float = 1.0
+    """With dev=rotating: share of the users who have a behaviour held out at a time."""
     dev_batch_size: int = 0
     """Rows of the dev batch; 0: as batch.size. Other orders than reordered follow the train batch."""
     dev_head: str = "extra"
@@ -96,6 +98,10 @@ class UpperOptions:
         one_of("upper.dev", self.dev, ("reordered", "same_users", "rotating"))
         one_of("upper.dev_head", self.dev_head, ("extra", "own"))
         one_of("upper.optimiser", self.optimiser, ("sgd", "adam"))
+        if not 0 < self.hold_out <= 1:
+            raise UserError(f"upper.hold_out={self.hold_out}: a share of users, above 0 and at most 1")
+        if self.rotate_epochs < 1:
+            raise UserError(f"upper.rotate_epochs={self.rotate_epochs}: must be at least 1")
         if self.interval < 1:
             raise UserError(f"upper.interval={self.interval}: must be at least 1")
         if self.head_refresh != "lower" and not (

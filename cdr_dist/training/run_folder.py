@@ -38,19 +38,28 @@ class RunFolder:
         self._metrics = self.path / "metrics.jsonl"
         self._stop = self.path / "stop"
 
-    def open(self, config: TrainConfig) -> None:
-        """Creates the folder, or checks that it holds this very run. UserError says what differs."""
+    def open(self, config: TrainConfig) -> dict[str, Any] | None:
+        """Creates the folder, or checks that it holds this very run; the summary where that is finished.
+
+        UserError says what differs. A finished run that is now to take more steps is no longer finished.
+        """
         self.check(config)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        if self._config.exists() and self.config().trainer.max_steps != config.trainer.max_steps:
+            (self.path / "summary.json").unlink(missing_ok=True)
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
         self._write(self._config, configuration.to_yaml(config))
         self._write(self.path / "versions.json", json.dumps(versions(), indent=1))
         self._stop.unlink(missing_ok=True)
+        return self.summary()
 
     def check(self, config: TrainConfig) -> None:
         """Whether this folder can take the run: empty, not there, or this very run."""
         if self._config.exists():
             self._check_same(configuration.from_yaml(self._config.read_text()), config)
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"{self.path}: holds something that is not a run; choose another run=")
 
     def config(self) -> TrainConfig:
@@ -68,12 +77,15 @@ class RunFolder:
 
     def log(self, **values: Any) -> None:
         """Appends one line to metrics.jsonl."""
-        with self._metrics.open("a") as out:
-            out.write(json.dumps(_plain(values) | {"time": round(time.time(), 3)}) + "\n")
+        try:
+            with self._metrics.open("a") as out:
+                out.write(json.dumps(_plain(values) | {"time": round(time.time(), 3)}) + "\n")
+        except OSError as error:
+            raise _unwritable(self._metrics, error) from error
 
     def forget_after(self, step: int) -> None:
-        """Drops the lines of steps that a resume repeats."""
-        kept = [line for line in self.lines() if line.get("step", 0) <= step]
+        """Drops the lines that a resume at `step` repeats: later steps, and what came between it and the next one."""
+        kept = [line for line in self.lines() if line["step"] + (line["split"] == "upper") <= step]
         self._write(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def lines(self) -> Iterator[dict[str, Any]]:
@@ -93,6 +105,8 @@ class RunFolder:
 
     def _check_same(self, before: TrainConfig, now: TrainConfig) -> None:
         changed = configuration.differences(before, now, FREE + FREE_TOO)
+        # What follows from another option is not worth a screen of it.
+        changed = [c for c in changed if not c.startswith("recipe.phases:")] or changed
         old, new = before.trainer.max_steps, now.trainer.max_steps
         if old != new and new != 0 and (old == 0 or new < old):
             changed.append(f"trainer.max_steps: {old} -> {new} (only a larger one may continue a run)")
@@ -104,8 +118,15 @@ class RunFolder:
     def _write(path: Path, text: str) -> None:
         """Whole or not at all."""
         part = path.with_name(path.name + ".part")
-        part.write_text(text)
-        os.replace(part, path)
+        try:
+            part.write_text(text)
+            os.replace(part, path)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be written ({error.strerror or error})")
 
 
 def _plain(value: Any) -> Any:

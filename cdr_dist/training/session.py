@@ -11,7 +11,7 @@ from torch import nn
 
 from cdr_dist.bilevel.perceptron import BehaviouralPerceptron
 from cdr_dist.configuration import TrainConfig
-from cdr_dist.data.batch import Batch, BatchBuilder
+from cdr_dist.data.batch import Batch, BatchBuilder, HoldOut
 from cdr_dist.data.dataset import Manifest, read_manifest
 from cdr_dist.data.feed import Feed
 from cdr_dist.data.shards import ShardReader
@@ -42,6 +42,9 @@ class Session:
         self.builder = BatchBuilder(
             folder, self.manifest, config.batch, config.seed, source=config.recipe.source, histories=learned
         )
+        upper = config.upper
+        rotating = learned and upper.dev == "rotating"
+        self.hold_out = HoldOut(config.seed, upper.hold_out, upper.rotate_epochs) if rotating else None
         self.perceptron = self._perceptron() if learned else None
         extra = needs_head and config.upper.dev_head == "extra"
         self.dev_head = self._dense(nn.Linear(self.model.target_feature_width, 1), "dev_head") if extra else None
@@ -81,7 +84,7 @@ class Session:
         self.dev.close()
 
     def _build(self, rows: Rows) -> Batch:
-        return self.builder.train(rows.table, rows.place.epoch, rows.global_rows).to(self.device)
+        return self.builder.train(rows.table, rows.place.epoch, rows.global_rows, self.hold_out).to(self.device)
 
     def _perceptron(self) -> BehaviouralPerceptron:
         perceptron = BehaviouralPerceptron(self.config.tables.width, self.config.perceptron)

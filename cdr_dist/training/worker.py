@@ -17,6 +17,7 @@ from cdr_dist.embeddings.workers import rank, world_size
 from cdr_dist.training.checkpoint import Checkpoints
 from cdr_dist.training.digest import parameters_sha256
 from cdr_dist.training.evaluate import evaluate
+from cdr_dist.training.learned_weights import against_truth, weights_by_category
 from cdr_dist.training.loop import Loop, Phase
 from cdr_dist.training.run_folder import SCORES, RunFolder
 from cdr_dist.training.session import Session
@@ -95,9 +96,10 @@ def _summary(
     checkpoints.load_parameters(checkpoints.at(p.best_step))
     metrics = {"valid": evaluate(session, "valid"), "test": evaluate(session, "test", place.path / SCORES)}
     passes = dict(session.passes)
+    weights = weights_by_category(session) if session.perceptron is not None else None
     interval, terms = config.upper.interval, config.hypergradient.terms
     predicted = p.step + (p.step // interval) * (terms + 3) if p.upper_steps else p.step
-    summary = {
+    summary: dict[str, Any] = {
         "schema": 1,
         "recipe": config.recipe.name,
         "model": str(config.model["_target_"]).rsplit(".", 1)[-1].lower(),
@@ -123,5 +125,11 @@ def _summary(
     }
     if session.rank:
         return None
+    if weights is not None:
+        weights.write_parquet(place.path / "weights.parquet")
+        summary["weights"] = {
+            "mean": float((weights["weight"] * weights["behaviours"]).sum() / weights["behaviours"].sum()),
+            "truth": against_truth(session, weights),
+        }
     place.write_summary(summary)
     return summary

@@ -1,0 +1,71 @@
+"""What can be found before a run starts: options that contradict the dataset or one another, memory."""
+
+from __future__ import annotations
+
+import re
+
+import psutil
+import torch
+
+from cdr_dist.configuration import TrainConfig
+from cdr_dist.data.dataset import Manifest, read_manifest
+from cdr_dist.errors import UserError
+from cdr_dist.training.session import build_model, check_dataset, table_specs
+from cdr_dist.training.worker import phases_of
+
+METRICS = ("auc", "gauc", "logloss")
+RANKING = re.compile(r"(?:hr|ndcg|mrr)@(\d+)")
+
+
+def check_before_start(config: TrainConfig, folder: str) -> Manifest:
+    """Reads the manifest and builds what is cheap to build. UserError names the option or file; writes nothing."""
+    manifest = read_manifest(folder)
+    check_dataset(config, manifest)
+    _check_batch(config, manifest)
+    _check_metric(config, manifest)
+    if config.trainer.device == "cuda" and config.trainer.workers == 0 and not torch.cuda.is_available():
+        raise UserError("trainer.device=cuda: this machine has no CUDA device")
+    if config.tables.optimiser == "adam" and config.trainer.device == "cpu":
+        raise UserError("tables.optimiser=adam: FBGEMM has no Adam on CPU; use rowwise_adagrad, adagrad or sgd")
+    if not phases_of(config):
+        raise UserError(f"recipe={config.recipe.name}: has no phases")
+    _check_memory(config, table_bytes(config, manifest))
+    return manifest
+
+
+def table_bytes(config: TrainConfig, manifest: Manifest) -> int:
+    """Rows and fused optimiser state, all workers together."""
+    state = {"rowwise_adagrad": 4, "sgd": 0}
+    total = 0
+    for spec in table_specs(config, manifest, build_model(config)):
+        per_row = state.get(config.tables.optimiser, 4 * spec.width * (2 if config.tables.optimiser == "adam" else 1))
+        total += spec.padded_rows * (4 * spec.width + per_row)
+    return total
+
+
+def _check_batch(config: TrainConfig, manifest: Manifest) -> None:
+    group = 1 + config.batch.negatives if manifest.label == "sampled" else 1
+    for option, size in (("batch.size", config.batch.size), ("upper.dev_batch_size", config.upper.dev_batch_size)):
+        if size % group:
+            raise UserError(f"{option}={size}: must be a multiple of {group} (a row and its negatives)")
+
+
+def _check_metric(config: TrainConfig, manifest: Manifest) -> None:
+    metric, ks = config.evaluation.metric, config.evaluation.ks
+    if ks and min(ks) < 1:
+        raise UserError(f"evaluation.ks={ks}: must be at least 1")
+    if ks and manifest.label != "sampled":
+        raise UserError(f"evaluation.ks={ks}: {config.data} stores no negatives to rank (labels=rating); leave it empty")
+    if metric in METRICS:
+        return
+    ranked = RANKING.fullmatch(metric)
+    if ranked is None:
+        raise UserError(f"evaluation.metric={metric}: choose {', '.join(METRICS)}, hr@K, ndcg@K or mrr@K")
+    if int(ranked[1]) not in ks:
+        raise UserError(f"evaluation.metric={metric}: needs evaluation.ks=[{ranked[1]}]")
+
+
+def _check_memory(config: TrainConfig, needed: int) -> None:
+    free = psutil.virtual_memory().available
+    if config.trainer.device == "cpu" and needed > free and config.trainer.workers < 2:
+        raise UserError(f"the tables need {needed / 2**30:.1f} GiB, this machine has {free / 2**30:.1f} GiB free")
