@@ -63,13 +63,12 @@ class CoNet(PerExampleLosses):
         return Output(self.target_head(target).squeeze(1), self.source_head(source).squeeze(1), target)
 
     def initial_values(self) -> dict[str, Tensor]:
-        """Small positive biases in the towers: a layer of 8 ReLUs then starts with all units alive.
-
-        With zero biases and He weights a narrow last layer is dead for part of the seeds (AUC .5 for good).
-        """
-        towers = ["target_tower"] + (["source_tower"] if self.source else [])
-        return {
-            f"{tower}.{i}.bias": torch.full_like(layer.bias, 0.1)
-            for tower in towers
-            for i, layer in enumerate(getattr(self, tower))
+        """Small positive biases in the towers, so that a layer of 8 ReLUs starts with its units alive; heads at zero,
+        so that the first losses are ln 2 and no large first step kills units (AUC .5 for good)."""
+        domains = ["target"] + (["source"] if self.source else [])
+        biases = {
+            f"{domain}_tower.{i}.bias": torch.full_like(layer.bias, 0.1)
+            for domain in domains
+            for i, layer in enumerate(getattr(self, f"{domain}_tower"))
         }
+        return biases | {f"{d}_head.weight": torch.zeros_like(getattr(self, f"{d}_head").weight) for d in domains}

@@ -55,7 +55,9 @@ def _check_metric(config: TrainConfig, manifest: Manifest) -> None:
     if ks and min(ks) < 1:
         raise UserError(f"evaluation.ks={ks}: must be at least 1")
     if ks and manifest.label != "sampled":
-        raise UserError(f"evaluation.ks={ks}: {config.data} stores no negatives to rank (labels=rating); leave it empty")
+        raise UserError(
+            f"evaluation.ks={ks}: {config.data} stores no negatives to rank (labels=rating); leave it empty"
+        )
     if metric in METRICS:
         return
     ranked = RANKING.fullmatch(metric)

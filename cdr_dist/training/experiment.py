@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 from collections.abc import Sequence
@@ -33,6 +34,13 @@ class Experiment:
     """The method that RelaImpr refers to."""
     against: str = "joint"
     """The method that the others are compared with."""
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    """Options and their values: every method runs with every combination, compared on validation data only."""
+
+    def expanded(self) -> dict[str, list[str]]:
+        """The methods with the grid written out; labels are method|key=value|…"""
+        combinations = list(itertools.product(*([f"{k}={v}" for v in values] for k, values in self.grid.items())))
+        return {"|".join([m, *c]): [*words, *c] for m, words in self.methods.items() for c in combinations}
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,8 @@ def plans(experiment: Experiment, seeds: Sequence[int], out: Path, words: Sequen
     """One run a method and seed, in a folder of its own; words of the command line win over the experiment's."""
     found = []
     for seed in seeds:
-        for method, own in experiment.methods.items():
-            run = out / method / f"seed-{seed}"
+        for method, own in experiment.expanded().items():
+            run = out / method.replace("|", "_") / f"seed-{seed}"
             chosen: dict[str, str] = {}
             for word in [*experiment.common, *own, *words]:
                 key, separator, _ = word.partition("=")
@@ -101,6 +109,8 @@ def run_one(words: list[str]) -> dict[str, Any]:
 
 def report(experiment: Experiment, todo: Sequence[Plan], summaries: Sequence[dict[str, Any]]) -> str:
     """The table over seeds, and the paired bootstrap over users of each method against `against`."""
+    if experiment.grid:
+        return _search_table(todo, summaries)
     present = {plan.method for plan in todo}
     single = experiment.single if experiment.single in present else None
     against = experiment.against if experiment.against in present else None
@@ -115,6 +125,16 @@ def report(experiment: Experiment, todo: Sequence[Plan], summaries: Sequence[dic
         seconds.setdefault(plan.method, []).append(summary["throughput"]["train_s"] or 0.0)
     parts.append("Training seconds (mean): " + ", ".join(f"{m} {np.mean(s):.1f}" for m, s in seconds.items()))
     return "\n\n".join(parts)
+
+
+def _search_table(todo: Sequence[Plan], summaries: Sequence[dict[str, Any]]) -> str:
+    """Every combination by its mean validation AUC, each method's best first; test metrics are not looked at."""
+    found: dict[str, list[float]] = {}
+    for plan, summary in zip(todo, summaries, strict=True):
+        found.setdefault(plan.method, []).append(summary["metrics"]["valid"]["auc"])
+    ranked = sorted(found, key=lambda m: (m.split("|")[0], -float(np.mean(found[m]))))
+    rows = [[m.replace("|", " "), f"{np.mean(found[m]):.4f}", f"{np.std(found[m]):.4f}"] for m in ranked]
+    return "Validation AUC, mean over seeds:\n" + markdown(["method and options", "mean", "sd"], rows)
 
 
 def _bootstrap_table(todo: Sequence[Plan], against: str) -> str:

@@ -1,0 +1,160 @@
+"""Batches: negatives, pairs and dev rows are functions of (seed, epoch, example, j), whoever builds them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from cdr_dist.data.batch import BatchBuilder, BatchOptions, HoldOut
+from cdr_dist.data.dataset import read_manifest
+from tests import datasets
+
+
+@pytest.fixture(params=["rated", "sampled"])
+def data(request):
+    return str(getattr(datasets, request.param)())
+
+
+def builder(folder, seed=8, **options):
+    return BatchBuilder(folder, read_manifest(folder), BatchOptions(**options), seed, source=True, histories=True)
+
+
+def stored(folder, split="train"):
+    return pq.read_table(f"{folder}/{split}")
+
+
+def column(batch, name):
+    return batch.train[name].values().numpy()
+
+
+def test_a_batch_is_the_same_in_parts_and_in_any_order(data):
+    make, table = builder(data), stored(data)
+    whole = make.train(table, 3, table.num_rows)
+    order = np.random.default_rng(0).permutation(table.num_rows)
+    shuffled = make.train(table.take(order), 3, table.num_rows)
+    k = make.expansion
+    rows = (order[:, None] * k + np.arange(k)).ravel()
+    for name in whole.train.keys():
+        assert np.array_equal(column(whole, name)[rows], column(shuffled, name))
+    for name in ("label", "source_label", "source_valid", "weight", "user", "example"):
+        assert torch.equal(getattr(whole, name)[rows], getattr(shuffled, name))
+    for name in whole.read.keys():
+        a, b = whole.read[name].to_dense(), shuffled.read[name].to_dense()
+        assert all(torch.equal(a[i], y) for i, y in zip(rows, b, strict=True))
+
+
+def test_epochs_and_seeds_draw_anew(data):
+    table = stored(data)
+    first = builder(data).train(table, 0, 1)
+    for other in (builder(data).train(table, 1, 1), builder(data, seed=9).train(table, 0, 1)):
+        assert not np.array_equal(column(first, "source_item"), column(other, "source_item"))
+
+
+def test_training_negatives_avoid_the_users_training_positives_and_nothing_else():
+    folder = str(datasets.sampled())
+    table, make = stored(folder), builder(folder, negatives=3)
+    positives = {}
+    for user, item in zip(table["user"].to_pylist(), table["item"].to_pylist(), strict=True):
+        positives.setdefault(user, set()).add(item)
+    drawn, seen_of_tests = 0, 0
+    tests = dict(
+        zip(stored(folder, "test")["user"].to_pylist(), stored(folder, "test")["item"].to_pylist(), strict=True)
+    )
+    for epoch in range(10):
+        batch = make.train(table, epoch, 1)
+        negative = batch.label.numpy() == 0
+        assert negative.sum() == 3 * table.num_rows
+        for user, item in zip(column(batch, "user")[negative], column(batch, "target_item")[negative], strict=True):
+            assert item not in positives[user]
+            assert item >= 2
+            seen_of_tests += item == tests.get(user)
+            drawn += 1
+    items = read_manifest(folder).rows["target_item"] - 2
+    expected = drawn / (items - 4)
+    assert abs(seen_of_tests - expected) < 5 * expected**0.5  # a test positive is as likely a negative as any item
+
+
+def test_source_draws_are_the_users_own_behaviours_or_negatives_in_the_right_share():
+    folder = str(datasets.sampled())
+    table, make = stored(folder), builder(folder)
+    own = dict(zip(table["user"].to_pylist(), table["source_candidates_item"].to_pylist(), strict=True))
+    labels = []
+    for epoch in range(5):
+        batch = make.train(table, epoch, 1)
+        for user, item, label in zip(
+            column(batch, "user"), column(batch, "source_item"), batch.source_label.tolist(), strict=True
+        ):
+            assert (item in own[user]) == (label == 1)
+            labels.append(label)
+    assert abs(np.mean(labels) - 0.5) < 4 * 0.5 / len(labels) ** 0.5
+
+
+def test_evaluation_draws_do_not_change_and_negatives_are_the_stored_ones():
+    folder = str(datasets.sampled())
+    table, make = stored(folder, "test"), builder(folder)
+    a, b = make.evaluate(table, table.num_rows), make.evaluate(table, table.num_rows)
+    assert np.array_equal(column(a, "source_item"), column(b, "source_item"))
+    rows = column(a, "target_item").reshape(table.num_rows, 6)
+    assert rows[:, 0].tolist() == table["item"].to_pylist()
+    assert rows[:, 1:].tolist() == table["negatives_item"].to_pylist()
+    assert a.label.view(-1, 6).sum(1).eq(1).all()
+
+
+def test_histories_keep_the_most_recent(data):
+    table = stored(data)
+    batch = builder(data, history_length=3).train(table, 0, 1)
+    k = builder(data).expansion
+    found = batch.read["source_history_item"].to_dense()[::k]
+    assert [f.tolist() for f in found] == [whole[-3:] for whole in table["source_history_item"].to_pylist()]
+
+
+def test_dev_behaviours_are_other_training_behaviours_of_the_same_users(data):
+    table, make = stored(data), builder(data)
+    k = make.expansion
+    batch = make.dev_of_same_users(table, 0, table.num_rows)
+    assert column(batch, "user")[::k].tolist() == table["user"].to_pylist()
+    chosen, peers = column(batch, "target_item")[::k], table["target_candidates_item"].to_pylist()
+    for item, others, position in zip(chosen, peers, table["position"].to_pylist(), strict=True):
+        assert item in others[:position] + others[position + 1 :]
+    assert batch.weight.eq(1).all()
+
+
+def test_held_out_behaviours_leave_the_lower_batches_and_make_the_dev_batches(data):
+    table, make = stored(data), builder(data)
+    k, periods = make.expansion, []
+    for epoch in range(0, 12, 2):
+        hold_out = HoldOut(seed=8, share=0.5, epochs=2)
+        lower = make.train(table, epoch, table.num_rows, hold_out)
+        again = make.train(table, epoch + 1, table.num_rows, hold_out)
+        dev = make.dev_of_same_users(table, epoch, table.num_rows, hold_out)
+        assert torch.equal(lower.weight, again.weight)  # the same for a period of two epochs
+        left_out = lower.weight[::k].numpy() == 0
+        held = set(zip(column(lower, "user")[::k][left_out], table["position"].to_numpy()[left_out], strict=True))
+        assert len({user for user, _ in held}) == len(held)  # one a user
+        in_dev = dev.weight[::k].numpy() == 1
+        users = {user for user, _ in held}
+        assert set(column(dev, "user")[::k][in_dev]) == users
+        assert 0.35 < len(users) / datasets.USERS < 0.65
+        items = {
+            u: p[i]
+            for u, p, i in zip(
+                table["user"].to_pylist(),
+                table["target_candidates_item"].to_pylist(),
+                table["position"].to_pylist(),
+                strict=True,
+            )
+            if (u, i) in held
+        }
+        for user, item in zip(column(dev, "user")[::k][in_dev], column(dev, "target_item")[::k][in_dev], strict=True):
+            assert item == items[user]
+        periods.append(held)
+    assert len(set.union(*periods)) > 2 * len(periods[0])  # it rotates
+
+
+def test_a_worker_without_rows_gets_one_filler(data):
+    batch = builder(data).train(stored(data).slice(0, 0), 0, 10)
+    assert len(batch) == 1
+    assert batch.weight.tolist() == [0]
+    assert not batch.source_valid.any()
