@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -58,6 +59,14 @@ def load(name: str) -> Experiment:
     if name not in known:
         raise UserError(f"experiment={name}: unknown experiment; {nearest(name, known)}")
     return Experiment(name=name, **yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text()))
+
+
+def chosen(experiment: Experiment, methods: Sequence[str]) -> Experiment:
+    """Only the named methods."""
+    for name in methods:
+        if name not in experiment.methods:
+            raise UserError(f"methods={name}: {nearest(name, list(experiment.methods))}")
+    return dataclasses.replace(experiment, methods={m: experiment.methods[m] for m in methods})
 
 
 def plans(experiment: Experiment, seeds: Sequence[int], out: Path, words: Sequence[str]) -> list[Plan]:
@@ -164,12 +173,12 @@ def _scores(runs: Sequence[Plan]) -> dict[str, Any]:
 
 
 def experiment_job(words: Sequence[str]) -> None:
-    """Words: experiment= seeds= out= parallel= first_seed=, and any word of jobs/train.py for all runs."""
+    """Words: experiment= methods= seeds= out= parallel= first_seed=, and any word of jobs/train.py for all runs."""
     given = {"seeds": "5", "first_seed": "8", "parallel": "1"}
     rest = []
     for word in words:
         key, _, value = word.partition("=")
-        if key in ("experiment", "out", *given):
+        if key in ("experiment", "out", "methods", *given):
             given[key] = value
         else:
             rest.append(word)
@@ -181,6 +190,8 @@ def experiment_job(words: Sequence[str]) -> None:
             raise UserError(f"{key}={given[key]}: must be a whole number, at least {int(key != 'first_seed')}")
         numbers[key] = int(given[key])
     experiment = load(given["experiment"])
+    if "methods" in given:
+        experiment = chosen(experiment, given["methods"].split(","))
     out = Path(given.get("out") or f"runs/experiments/{experiment.name}").absolute()
     seeds = range(numbers["first_seed"], numbers["first_seed"] + numbers["seeds"])
     todo = plans(experiment, seeds, out, rest)
