@@ -83,7 +83,7 @@ def compose_words(words: Sequence[str]) -> DictConfig:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         known = _keys(compose("train", choices))
         for name, _ in options:
-            if name not in known:
+            if name not in known and not name.startswith("+model."):
                 raise UserError(f"{name}: unknown option; {nearest(name, sorted(known | set(groups)))}")
         try:
             return compose("train", choices + [_quoted(name, value) for name, value in options])
