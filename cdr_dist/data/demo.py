@@ -1,20 +1,32 @@
-"""The demo dataset: planted logs, prepared like anybody's, with the truth beside them."""
+"""The demo dataset: planted logs, prepared like anybody's, with the truth and the shape they were made by beside them.
+
+The folder appears as a whole or not at all. It grows in `FOLDER.unfinished`, under a lock that ends with its process:
+what a killed writer left is cleared away by the next one, and a second process waits and then uses what is there.
+"""
 
 from __future__ import annotations
 
-import os
-import tempfile
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from cdr_dist.data import storage
-from cdr_dist.data.dataset import Manifest
+from cdr_dist.data.dataset import SCHEMA_VERSION, Manifest, read_manifest
 from cdr_dist.data.prepare import prepare
 from cdr_dist.data.prepare_options import PrepareOptions
 from cdr_dist.data.synthetic import Planted, planted_logs
 from cdr_dist.data.truth import FILE
+from cdr_dist.errors import UserError
 
 DEMO = "demo"
 FOLDER = "runs/demo-data"
+"""Relative to the current directory, as run folders are."""
+SHAPE_FILE = "planted.json"
+GENERATOR = 1
+"""Goes up when the same shape makes other logs."""
 
 
 def dataset_of(data: str) -> str:
@@ -22,33 +34,82 @@ def dataset_of(data: str) -> str:
     if data != DEMO:
         return data
     folder = Path(FOLDER).absolute()
-    if not is_written():
-        write_planted(Planted(), str(folder))
+    write_planted(Planted(), str(folder))
     return str(folder)
 
 
 def is_written() -> bool:
-    """Whether the demo is there; its truth is written last."""
-    return (Path(FOLDER) / FILE).exists()
+    """Whether the demo is there, made as this program makes it."""
+    return _holds(Path(FOLDER), Planted())
 
 
 def write_planted(shape: Planted, folder: str) -> Manifest:
-    """Writes logs of the given shape, prepares them into `folder` and puts truth.parquet beside the shards."""
-    logs = planted_logs(shape)
-    with tempfile.TemporaryDirectory(prefix="cdr-planted-") as scratch:
-        for name in ("source", "target"):
-            getattr(logs, name).write_parquet(os.path.join(scratch, f"{name}.parquet"))
-        manifest = prepare(
+    """Logs of the given shape as a dataset in a local folder, with truth.parquet and planted.json beside the shards.
+
+    What is there is kept if it was made by the same shape, else written anew. UserError: the folder holds something
+    that is not planted data.
+    """
+    out = Path(folder).absolute()
+    if not _holds(out, shape):
+        with _lock(out):
+            if not _holds(out, shape):
+                _check_replaceable(out)
+                _write(shape, out)
+    return read_manifest(str(out))
+
+
+def _write(shape: Planted, out: Path) -> None:
+    # The same place at every start, since the manifest tells where the logs were: a demo that is written anew is then
+    # the same dataset to the runs that were trained on it.
+    scratch = out.with_name(f"{out.name}.unfinished")
+    storage.remove_folder(str(scratch))
+    scratch.mkdir()
+    try:
+        logs = planted_logs(shape)
+        logs.source.write_parquet(scratch / "source.parquet")
+        logs.target.write_parquet(scratch / "target.parquet")
+        new = scratch / "dataset"
+        prepare(
             PrepareOptions(
-                source=os.path.join(scratch, "source.parquet"),
-                target=os.path.join(scratch, "target.parquet"),
+                source=str(scratch / "source.parquet"),
+                target=str(scratch / "target.parquet"),
                 source_domain="planted-source",
                 target_domain="planted-target",
-                out=folder,
+                out=str(new),
                 seed=shape.seed,
             )
         )
-        truth = os.path.join(scratch, FILE)
-        logs.truth.write_parquet(truth)
-        storage.write_bytes(storage.join(folder, FILE), Path(truth).read_bytes())
-    return manifest
+        logs.truth.write_parquet(new / FILE)
+        (new / SHAPE_FILE).write_text(json.dumps(_recorded(shape), indent=1) + "\n")
+        if out.exists():
+            out.rename(scratch / "replaced")
+        new.rename(out)
+    finally:
+        storage.remove_folder(str(scratch))
+
+
+def _recorded(shape: Planted) -> dict[str, object]:
+    """What decides the bytes of the dataset."""
+    return {"generator": GENERATOR, "schema": SCHEMA_VERSION} | asdict(shape)
+
+
+def _holds(folder: Path, shape: Planted) -> bool:
+    try:
+        return json.loads((folder / SHAPE_FILE).read_text()) == _recorded(shape)
+    except (OSError, ValueError):
+        return False
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Nobody's own files are removed: only an empty folder, or one with a dataset's manifest and planted truth."""
+    if storage.is_empty(str(folder)) or (folder / FILE).exists():
+        return
+    raise UserError(f"{folder}: holds something that is not planted data; move it away")
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_name(f"{out.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

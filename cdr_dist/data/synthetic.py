@@ -1,8 +1,9 @@
 """Synthetic logs of two domains with planted truth: which source categories help, and which mislead.
 
-Every user has a taste that rules the target domain and an unrelated one. Whether a user likes an item depends on a
-taste and the item's category. In *helpful* source categories the ruling taste is the target's own; in *harmful* ones it
-is the unrelated one; in *neutral* ones likes are coin flips. The same embedding of the user has to serve all of them.
+A user has a *taste* that rules the target domain, and other tastes that have nothing to do with it. Whether the user
+likes an item follows from the taste that rules the item's category: the user's own taste in the target and in *helpful*
+source categories, another one in *harmful* categories, none in *neutral* ones (likes are coin flips). One embedding of
+the user has to serve all of them, so what the harmful and neutral categories teach it is lost to the target.
 """
 
 from __future__ import annotations
@@ -14,28 +15,61 @@ import polars as pl
 from numpy.typing import NDArray
 
 from cdr_dist.data.hashing import key
+from cdr_dist.errors import UserError
 
 
 @dataclass(frozen=True)
 class Planted:
-    """Size and shape of the logs."""
+    """Size and shape of the logs; docs/demo-data.md says what the defaults were chosen by.
 
-    users: int = 3000
-    tastes: int = 8
-    target_behaviours: int = 6
-    """Per user; the last two are test and validation."""
+    `Planted(neutral=0, harmful=0)` is a source that only helps, `Planted(helpful=0)` one that never does.
+    """
+
+    users: int = 6000
+    traits: int = 2
+    """A taste is that many yes-or-no traits. A category is liked by a yes or by a no to one of them, so half of the
+    users like it, and without the user's taste nothing can be told."""
+    other_tastes: int = 5
+    """Tastes of a user that the target knows nothing of; the harmful categories are split among them. The more there
+    are, the more of the user's embedding they ask for: a single one is learnt beside the target's at no cost."""
+    target_behaviours: int = 5
+    """Per user; the last two are validation and test. Few, so that the target alone leaves the taste uncertain."""
     source_behaviours: int = 40
-    target_items: int = 600
-    source_items: int = 2000
-    target_categories: int = 10
-    helpful: int = 10
+    """Per user, all before the target's."""
+    target_categories: int = 8
+    target_items: int = 64
+    """Few, in both domains: the label depends on an item's category only, and rare items are merely memorised."""
+    source_items: int = 200
+    helpful: int = 6
     """Source categories that follow the target's taste."""
-    neutral: int = 0
+    neutral: int = 4
+    """Source categories whose likes are coin flips."""
     harmful: int = 10
-    """Source categories that follow the unrelated taste."""
+    """Source categories that follow another taste; more than the helpful ones, so that joint training goes wrong."""
     certainty: float = 0.9
-    """Probability that a liked category's item is rated high, and a disliked one's low."""
+    """Probability that an item is rated as the ruling taste says: high where liked, low where not."""
     seed: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("users", "traits", "other_tastes", "source_behaviours", "target_categories"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("helpful", "neutral", "harmful"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _check(self.target_behaviours >= 3, "target_behaviours", self.target_behaviours, "at least 3")
+        _check(len(self.kinds) >= 1, "helpful + neutral + harmful", len(self.kinds), "at least 1")
+        _check(0.5 <= self.certainty <= 1.0, "certainty", self.certainty, "between 0.5 and 1")
+        for items, categories in (("target_items", self.target_categories), ("source_items", len(self.kinds))):
+            _check(getattr(self, items) >= categories, items, getattr(self, items), f"at least {categories}, one each")
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kind of each source category."""
+        return ["helpful"] * self.helpful + ["neutral"] * self.neutral + ["harmful"] * self.harmful
+
+
+def _check(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise UserError(f"planted data: {name}={value}: must be {wanted}")
 
 
 @dataclass(frozen=True)
@@ -50,52 +84,54 @@ class PlantedLogs:
 def planted_logs(shape: Planted) -> PlantedLogs:
     """A pure function of the shape and its seed."""
     random = np.random.default_rng(int(key("planted", shape.seed)))
-    kinds = ["helpful"] * shape.helpful + ["neutral"] * shape.neutral + ["harmful"] * shape.harmful
-    own, other = random.integers(0, shape.tastes, (2, shape.users))
-    ruling = np.stack([{"helpful": own, "harmful": other}.get(kind, own) for kind in kinds], axis=1)
-    target_taste = np.repeat(own[:, None], shape.target_categories, axis=1)
-    certainty = np.array([0.5 if kind == "neutral" else shape.certainty for kind in kinds])
-    source = _log("s", shape, random, ruling, certainty, shape.source_behaviours, shape.source_items, 0)
-    target = _log(
-        "t",
-        shape,
-        random,
-        target_taste,
-        np.full(shape.target_categories, shape.certainty),
-        shape.target_behaviours,
-        shape.target_items,
-        1_000,
-    )
-    truth = pl.DataFrame({"category": [f"s{c:02d}" for c in range(len(kinds))], "kind": kinds})
+    own = random.random((shape.users, shape.traits)) < 0.5
+    others = random.random((shape.other_tastes, shape.users, shape.traits)) < 0.5
+    coin_flips = np.zeros(shape.users, dtype=bool)
+    source_likes = [_likes(own, number) for number in range(shape.helpful)] + [coin_flips] * shape.neutral
+    for number in range(shape.harmful):
+        turn, of = divmod(number, shape.other_tastes)
+        # Half of the other tastes start with a yes and half with a no, so that nobody likes everything harmful.
+        source_likes.append(_likes(others[of], turn + of * shape.traits))
+    target_likes = [_likes(own, number) for number in range(shape.target_categories)]
+    certainty = [0.5 if kind == "neutral" else shape.certainty for kind in shape.kinds]
+    source = _log(random, "s", source_likes, certainty, shape.source_behaviours, shape.source_items, first_time=0)
+    certainty = [shape.certainty] * shape.target_categories
+    after = shape.source_behaviours
+    target = _log(random, "t", target_likes, certainty, shape.target_behaviours, shape.target_items, first_time=after)
+    truth = pl.DataFrame({"category": [f"s{c:02d}" for c in range(len(shape.kinds))], "kind": shape.kinds})
     return PlantedLogs(source, target, truth)
 
 
+def _likes(taste: NDArray[np.bool_], number: int) -> NDArray[np.bool_]:
+    """Which users like a taste's category of that number. taste: [users, traits].
+
+    The categories ask for a yes to each trait, then for a no to each, and so on.
+    """
+    turn, trait = divmod(number, taste.shape[1])
+    return taste[:, trait] == (turn % 2 == 0)
+
+
 def _log(
-    prefix: str,
-    shape: Planted,
     random: np.random.Generator,
-    taste: NDArray[np.int64],
-    certainty: NDArray[np.float64],
+    prefix: str,
+    likes: list[NDArray[np.bool_]],
+    certainty: list[float],
     behaviours: int,
     items: int,
-    after: int,
+    first_time: int,
 ) -> pl.DataFrame:
-    """taste [users, categories]: the taste that rules each user's likes in each category."""
-    categories = taste.shape[1]
-    # Every category is liked by half of the tastes: without the user's taste nothing can be told.
-    half = np.arange(shape.tastes) < shape.tastes / 2
-    liked = np.stack([random.permutation(half) for _ in range(categories)], axis=1)
-    user = np.repeat(np.arange(shape.users), behaviours)
+    """likes[c] [users]: who likes category c; ratings say so with certainty[c]."""
+    users, categories = len(likes[0]), len(likes)
+    user = np.repeat(np.arange(users), behaviours)
     item = random.integers(0, items, len(user))
     category = item % categories
-    likes = liked[taste[user, category], category]
-    high = random.random(len(user)) < np.where(likes, certainty[category], 1 - certainty[category])
-    order = np.tile(np.arange(behaviours), shape.users)
+    truthful = random.random(len(user)) < np.array(certainty)[category]
+    high = np.stack(likes)[category, user] == truthful
     return pl.DataFrame(
         {
             "user_id": [f"u{u:06d}" for u in user],
             "item_id": [f"{prefix}{i:06d}" for i in item],
-            "timestamp": order + after,
+            "timestamp": np.tile(np.arange(first_time, first_time + behaviours), users),
             "rating": np.where(high, 5.0, 1.0),
             "category": [f"{prefix}{c:02d}" for c in category],
         }
