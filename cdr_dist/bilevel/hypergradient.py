@@ -47,6 +47,11 @@ class HypergradientOptions:
     precondition: str = "none"
     """none: one alpha for all; block: rows and dense layers each scaled by the inverse of their curvature."""
 
+    @property
+    def passes(self) -> int:
+        """Backward passes of one hypergradient: dev gradient, train gradient with graph, K products, mixed."""
+        return self.terms + 3 + (self.precondition == "block")
+
     def __post_init__(self) -> None:
         if self.terms < 0:
             raise UserError(f"hypergradient.terms={self.terms}: must not be negative")
@@ -187,40 +192,32 @@ class _Problem:
         return (square + shared).sqrt().detach()
 
     def scale(self) -> list[Tensor]:
-        """The diagonal preconditioner: 1 / (curvature of the block), see `docs/biao.md`.
+        """The diagonal preconditioner P of `precondition=block`, one tensor a block (a dense layer, a table's rows).
 
-        A row's curvature in a batch mean is its share of the batch times that of one example, so rows are scaled by
-        batch / count first; then each block (a dense layer, a table) is divided by its own curvature, bounded from
-        above by |H d| / |d| along a random direction d of the scaled problem.
+        A row's curvature in a batch mean is its share of the batch times that of one example: rows are scaled by
+        S = 1 / share first, dense layers by S = 1. Then P = S / c with the block's own curvature
+        c = |sqrt(S) H sqrt(S) u| / |u|, along the train gradient u with every block at unit length, so that the
+        coupling between blocks counts in c. One more Hessian-vector product.
         """
-        weight = self._train.weight / self._train.global_rows * self._local_factor
-        shares = self._rows.counts(weight)
+        shares = self._rows.counts(self._train.weight * (self._local_factor / self._train.global_rows))
         if self._exact:
-            shares = {
-                t: s.squeeze(1)
-                for t, s in self._exchange.sum_copies({t: s.unsqueeze(1) for t, s in shares.items()}).items()
-            }
-        dense = [torch.ones_like(x) for x in self._theta[: len(self._dense_names)]]
+            summed = self._exchange.sum_copies({t: s.unsqueeze(1) for t, s in shares.items()})
+            shares = {t: s.squeeze(1) for t, s in summed.items()}
+        roots = [torch.ones_like(x) for x in self._theta[: len(self._dense_names)]]
         floor = 1.0 / self._train.global_rows
-        rows = [(1.0 / shares[t].clamp(min=floor)).unsqueeze(1).to(self._dtype) for t in self._row_names]
-        first = [*dense, *rows]
-        probe = [s.sqrt() * v for s, v in zip(first, self._directions(), strict=True)]
-        product = self.hessian_vector(probe)
-        return [
-            s / self._block_norm(i, s.sqrt() * h) * self._block_norm(i, v / s.sqrt())
-            for i, (s, v, h) in enumerate(zip(first, probe, product, strict=True))
-        ]
-
-    def _directions(self) -> list[Tensor]:
-        """The dev-independent probe: the train gradient itself, where the batch has curvature."""
-        return self._summed([g.detach() for g in self._gradient])
+        roots += [shares[t].clamp(min=floor).rsqrt().unsqueeze(1).to(self._dtype) for t in self._row_names]
+        gradient = self._summed([g.detach() for g in self._gradient])
+        unit = [g / self._block_norm(i, g) for i, g in enumerate(gradient)]
+        product = self.hessian_vector([r * u for r, u in zip(roots, unit, strict=True)])
+        return [r * r / self._block_norm(i, r * h) for i, (r, h) in enumerate(zip(roots, product, strict=True))]
 
     def _block_norm(self, index: int, block: Tensor) -> Tensor:
-        square = block.square()
+        """The norm of one block over the global theta, at least 1e-12."""
+        square = block.detach().square()
         if index >= len(self._dense_names):
             copies = self._copies[index - len(self._dense_names)]
-            square = square / copies if copies is not None else square
-            square = sum_over_workers(square.sum().detach()) if self._exact else square.sum()
+            square = (square if copies is None else square / copies).sum()
+            square = sum_over_workers(square) if self._exact else square
         return square.sum().sqrt().clamp(min=1e-12)
 
     def _summed(self, vector: Sequence[Tensor]) -> list[Tensor]:

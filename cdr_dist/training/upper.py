@@ -38,7 +38,7 @@ class Upper:
         train = counted(s.lower.peek().batch) if s.hold_out else s.lower.peek().batch
         dev = self._dev_batch()
         found = hypergradient(s.model, self._perceptron, s.dev_head, s.tables, train, dev, options)
-        s.passes["upper"] += options.terms + 3
+        s.passes["upper"] += options.passes
         norm = self._step(found.phi)
         norms = found.norms.tolist()
         return {
