@@ -185,8 +185,8 @@ def _reason(failure: BaseException) -> str:
     nested = getattr(failure, "failures", None)
     if nested:
         failure = next(iter(nested.values()))[0]
-    while failure.__cause__ is not None and not isinstance(failure, OSError):
-        failure = failure.__cause__
+    while not isinstance(failure, OSError) and (deeper := failure.__cause__ or failure.__context__) is not None:
+        failure = deeper
     if isinstance(failure, OSError) and failure.strerror:
         return failure.strerror
     return str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__

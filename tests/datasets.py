@@ -1,0 +1,70 @@
+"""Small datasets with planted truth, written once a session and shared by the tests; nobody writes into them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import polars as pl
+
+from cdr_dist.data.prepare import prepare
+from cdr_dist.data.prepare_options import PrepareOptions
+from cdr_dist.data.synthetic import Planted, planted_logs
+from cdr_dist.data.truth import FILE
+
+USERS = 300
+SHAPE = Planted(users=USERS, target_behaviours=6, source_behaviours=10, target_items=80, source_items=150, seed=8)
+_scratch = tempfile.TemporaryDirectory(prefix="cdr-tests-")
+
+
+@functools.cache
+def rated() -> Path:
+    """1,200 training rows in 4 shards, stored labels; 300 rows each of validation and test; truth.parquet."""
+    return _written("rated", labels="rating")
+
+
+@functools.cache
+def sampled() -> Path:
+    """The same logs as implicit feedback: training negatives are drawn, 5 negatives a row are stored."""
+    return _written("sampled", labels="sampled", eval_negatives=5)
+
+
+def copied(dataset: Path, into: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(dataset, into / dataset.name))
+
+
+def edited(dataset: Path, **values: object) -> Path:
+    """Changes top-level entries of a copy's manifest; None removes one."""
+    path = dataset / "manifest.json"
+    raw = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({name: value for name, value in raw.items() if value is not None}))
+    return dataset
+
+
+def _written(name: str, **options) -> Path:
+    out, raw = Path(_scratch.name) / name, Path(_scratch.name) / f"{name}-logs"
+    raw.mkdir()
+    logs = planted_logs(SHAPE)
+    for domain in ("source", "target"):
+        getattr(logs, domain).write_parquet(raw / f"{domain}.parquet")
+    prepare(
+        PrepareOptions(
+            source=str(raw / "source.parquet"),
+            target=str(raw / "target.parquet"),
+            out=str(out),
+            rows_per_shard=USERS,
+            seed=8,
+            **options,
+        )
+    )
+    logs.truth.write_parquet(out / FILE)
+    return out
+
+
+def rows_of(dataset: Path, split: str) -> pl.DataFrame:
+    """Every stored row of a split."""
+    return pl.read_parquet(sorted((dataset / split).glob("*.parquet")))

@@ -1,0 +1,135 @@
+"""Runs of the training job for tests: on any number of gloo workers, ended where a test wants, and read back whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+
+from cdr_dist.configuration import from_words
+from cdr_dist.training.checkpoint import complete
+from cdr_dist.training.lower import Lower
+from cdr_dist.training.run_folder import RunFolder
+from cdr_dist.training.upper import Upper
+from cdr_dist.training.worker import work
+from tests.problem import replaced
+from tests.processes import on_workers
+
+SMALL = ["batch.size=64", "batch.history_length=6", "upper.interval=7", "trainer.workers=0", "trainer.max_steps=40"]
+"""19 steps an epoch of datasets.rated(); the last one is short."""
+KILLED = "killed"
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL within the process: nothing of the run can catch it."""
+
+
+def words(dataset, run, *more):
+    """Later words win over SMALL's."""
+    chosen = {}
+    for word in [*SMALL, *more, f"data={dataset}", f"run={run}"]:
+        chosen[word.partition("=")[0]] = word
+    return list(chosen.values())
+
+
+def train(given, workers=1, killed_after=None, in_upper=False, within=None):
+    """What the driver does, with gloo workers in place of Ray's -> every worker's answer.
+
+    killed_after: lower updates after which the run dies: before the next one, or (in_upper) at the end of the next
+    upper update. within: a function that breaks something; called on every worker, it returns a context manager.
+    """
+    config = from_words(given)
+    RunFolder(config.run).open(config)
+    return on_workers(workers, _worker, given, killed_after, in_upper, within)
+
+
+def _worker(rank, given, killed_after, in_upper, within):
+    config = from_words(given)
+    with within() if within else contextlib.nullcontext(), dying(killed_after, in_upper):
+        try:
+            return work(config, config.data, config.run)
+        except Killed:
+            return KILLED
+
+
+@contextlib.contextmanager
+def dying(after, in_upper=False):
+    if after is None:
+        yield
+        return
+    holder = Upper if in_upper else Lower
+    run = holder.run
+
+    def dies(self, stop_wanted):
+        due = self._session.passes["lower"] >= after
+        if due and not in_upper:
+            raise Killed
+        values = run(self, stop_wanted)
+        if due:
+            raise Killed
+        return values
+
+    with replaced(holder, "run", dies):
+        yield
+
+
+def newest(run):
+    return max(complete(Path(run) / "checkpoints"))
+
+
+def summary(run):
+    return json.loads((Path(run) / "summary.json").read_text())
+
+
+def lines(run, *splits):
+    """The lines of metrics.jsonl without their times."""
+    found = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "time"} for line in found if line["split"] in splits]
+
+
+def tensors(run):
+    """Every tensor of the newest checkpoint by name: unsharded tables and their optimiser state, all dense ones."""
+    checkpoint = newest(run)
+    state = {}
+    dcp.state_dict_loader._load_state_dict(
+        state,
+        storage_reader=dcp.FileSystemReader(checkpoint / "tables"),
+        planner=_EmptyStateDictLoadPlanner(),
+        no_dist=True,
+    )
+    return dict(_flat({"tables": state, "dense": torch.load(checkpoint / "state.pt", weights_only=True)}))
+
+
+def _flat(node, prefix=""):
+    for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if isinstance(value, dict | list):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, torch.Tensor):
+            yield f"{prefix}{name}", value
+
+
+def same_run(a, b):
+    """Asserts that two finished runs are one and the same: every bit, every choice, every line."""
+    left, right = summary(a), summary(b)
+    assert left["parameters_sha256"] == right["parameters_sha256"]
+    for key in ("steps", "upper_steps", "best", "metrics", "backward_passes"):
+        assert left[key] == right[key], key
+    assert lines(a, "upper", "valid") == lines(b, "upper", "valid")
+    x, y = tensors(a), tensors(b)
+    assert x.keys() == y.keys()
+    assert not [name for name in x if not torch.equal(x[name], y[name])]
+
+
+def distances(a, b):
+    """Relative L2 distance of every tensor of two runs' newest checkpoints.
+
+    Relative to 0.1 at least: what is learned from nothing but rounding errors (the bias of gamma_1, which a softmax
+    takes out as long as gamma_2 is a constant) has no digits to compare.
+    """
+    x, y = tensors(a), tensors(b)
+    assert x.keys() == y.keys()
+    return {n: float((x[n].double() - y[n].double()).norm() / x[n].double().norm().clamp(min=0.1)) for n in x}
