@@ -14,6 +14,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -85,10 +86,21 @@ def compose_words(words: Sequence[str]) -> DictConfig:
         for name, _ in options:
             if name not in known and not name.startswith("+model."):
                 raise UserError(f"{name}: unknown option; {nearest(name, sorted(known | set(groups)))}")
+        _check_grammar(options)
         try:
             return compose("train", choices + [_quoted(name, value) for name, value in options])
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_first_line(error)) from error
+
+
+def _check_grammar(options: Sequence[tuple[str, str]]) -> None:
+    parser = OverridesParser.create()
+    for name, value in options:
+        try:
+            parser.parse_override(_quoted(name, value))
+        except HydraException as error:
+            hint = "lists are written [64,32]; text with special characters needs quotes within the shell's"
+            raise UserError(f"{name}={value}: cannot be read; {hint}") from error
 
 
 def as_config(composed: DictConfig) -> TrainConfig:

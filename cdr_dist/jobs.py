@@ -10,14 +10,16 @@ from collections.abc import Callable
 DONE, FAILED, USERS_MISTAKE, STOPPED = 0, 1, 2, 143
 
 
-def run_job(name: str, about: str | None, main: Callable[[list[str]], None], more_help: str = "") -> int:
+def run_job(
+    name: str, about: str | None, main: Callable[[list[str]], None], more_help: Callable[[], str] | None = None
+) -> int:
     """Runs main(words): 0 done, 2 the user's mistake (one line), 143 stopped on request, 1 anything else."""
     words = sys.argv[1:]
     os.environ.setdefault("GLOG_minloglevel", "2")
     if any(w in ("-h", "--help", "help") for w in words):
         print((about or "").strip())
         if more_help:
-            print("\n" + more_help)
+            print("\n" + more_help())
         return DONE
     from cdr_dist.errors import Stopped, UserError
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from cdr_dist.help import describe_options
 from cdr_dist.jobs import run_job
 
 
@@ -25,4 +26,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job("train", __doc__, main))
+    sys.exit(run_job("train", __doc__, main, describe_options))

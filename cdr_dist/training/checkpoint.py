@@ -103,16 +103,18 @@ class Checkpoints:
     def load(self, path: Path) -> Progress:
         """Tables, dense state and progress. Any number of workers may have written it."""
         s = self._session
-        try:
-            progress = Progress.from_json((path / "place.json").read_text())
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise _damaged(path, error) from error
-        if progress.data_checksum != s.manifest.checksum:
-            raise UserError(f"{path}: belongs to another dataset than {s.folder} (their checksums differ)")
+        progress = self.check_dataset(path)
         state = self.load_parameters(path)
         for name, optimiser in s.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
         s.passes = dict(progress.passes)
+        return progress
+
+    def check_dataset(self, path: Path) -> Progress:
+        """The progress of a checkpoint of this very dataset."""
+        progress = read_progress(path)
+        if progress.data_checksum != self._session.manifest.checksum:
+            raise UserError(f"{path}: belongs to another dataset than {self._session.folder} (their checksums differ)")
         return progress
 
     def load_parameters(self, path: Path) -> dict[str, Any]:
@@ -142,6 +144,13 @@ class Checkpoints:
         kept = {self.at(progress.best_step), *paths[-max(self._keep, 1) :]}
         for path in set(paths) - kept:
             _drop(path)
+
+
+def read_progress(path: Path) -> Progress:
+    try:
+        return Progress.from_json((path / "place.json").read_text())
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(path, error) from error
 
 
 def complete(folder: Path) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from cdr_dist.data.stream import Rows
+from cdr_dist.data.stream import Place, Rows
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
 from cdr_dist.errors import UserError
 from cdr_dist.evaluation.metrics import Predictions, ScoredRows
@@ -20,11 +22,15 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def score_split(session: Session, split: str) -> ScoredRows:
-    """Every row of a split with its stored negatives, scored by the current parameters; equal on all workers."""
+    """Every row of a split with its stored negatives, scored by the current parameters; equal on all workers.
+
+    Lane by lane, so that a row meets the same rows in its batch on any number of workers: a matrix product's bits
+    depend on its shape.
+    """
     session.model.eval()
     predictions = Predictions()
-    for rows in session.evaluation_stream(split).epoch():
-        batch = evaluation_batch(session, rows)
+    for rows in evaluation_rows(session, split):
+        batch = session.builder.evaluate(rows.table, rows.global_rows).to(session.device)
         found = session.tables.read(ids_by_table(batch.train, session.features))
         output = session.model(rows_by_feature(found, batch.train, session.features), batch)
         predictions.append(batch.user, batch.label, output.target_logit, batch.weight, batch.example)
@@ -32,8 +38,14 @@ def score_split(session: Session, split: str) -> ScoredRows:
     return predictions.gather()
 
 
-def evaluation_batch(session: Session, rows: Rows):
-    return session.builder.evaluate(rows.table, rows.global_rows).to(session.device)
+def evaluation_rows(session: Session, split: str) -> Iterator[Rows]:
+    """Equally many on all workers: one that serves a lane less gets empty ones, because lookups are collective."""
+    streams = session.evaluation_streams(split)
+    most = -(-session.config.stream.lanes // session.workers)
+    for step in range(streams[0].steps_per_epoch):
+        for i in range(most):
+            rows = streams[min(i, len(streams) - 1)].read(Place(0, step))
+            yield rows if i < len(streams) else replace(rows, table=rows.table.slice(0, 0))
 
 
 def evaluate(session: Session, split: str, scores: Path | None = None) -> dict[str, float]:

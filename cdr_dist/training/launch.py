@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,19 @@ def train(config: TrainConfig, folder: str, quiet: bool = False) -> dict[str, An
     quiet_libraries()
     check_before_start(config, folder)
     place = RunFolder(config.run)
+    new = place.is_new()
     done = place.open(config)
     if done is not None:
         return done
     title = f"{config.recipe.name} seed {config.seed}"
     with Console(place, title, config.trainer.max_steps, quiet):
         start = _in_process if config.trainer.workers == 0 else _on_ray
-        result = start(config, _absolute(folder), place)
+        try:
+            result = start(config, _absolute(folder), place)
+        except UserError:
+            if new:
+                place.discard_unless_begun()
+            raise
     if result == STOPPED:
         raise Stopped(f"{place.path}: stopped; the same command continues")
     summary = place.summary()
@@ -44,15 +52,24 @@ def _absolute(folder: str) -> str:
     return folder if "://" in folder else str(Path(folder).expanduser().absolute())
 
 
-def _in_process(config: TrainConfig, folder: str, place: RunFolder) -> Any:
+@contextmanager
+def alone() -> Iterator[None]:
+    """This process as the only worker."""
     os.environ["LOCAL_WORLD_SIZE"] = "1"
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _in_process(config: TrainConfig, folder: str, place: RunFolder) -> Any:
     before = signal.getsignal(signal.SIGTERM)
     try:
-        return work(config, folder, str(place.path))
+        with alone():
+            return work(config, folder, str(place.path))
     finally:
         signal.signal(signal.SIGTERM, before)
-        dist.destroy_process_group()
 
 
 def _on_ray(config: TrainConfig, folder: str, place: RunFolder) -> Any:

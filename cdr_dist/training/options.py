@@ -123,6 +123,7 @@ class EvaluationOptions:
     ks: list[int] = field(default_factory=list)
     """K of HR@K and NDCG@K against the stored negatives."""
     batch_size: int = 8192
+    """Rows scored at a time, stored negatives included."""
 
     @property
     def smaller_is_better(self) -> bool:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,14 @@ class RunFolder:
         self._write(self.path / "versions.json", json.dumps(versions(), indent=1))
         self._stop.unlink(missing_ok=True)
         return self.summary()
+
+    def is_new(self) -> bool:
+        return not self._config.exists()
+
+    def discard_unless_begun(self) -> None:
+        """Removes a folder that holds no measurement and no checkpoint: a mended command may then use it."""
+        if not any(self.lines()) and not any(self.checkpoints.glob("*")):
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def check(self, config: TrainConfig) -> None:
         """Whether this folder can take the run: empty, not there, or this very run."""

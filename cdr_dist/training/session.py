@@ -14,6 +14,7 @@ from cdr_dist.configuration import TrainConfig
 from cdr_dist.data.batch import Batch, BatchBuilder, HoldOut
 from cdr_dist.data.dataset import Manifest, read_manifest
 from cdr_dist.data.feed import Feed
+from cdr_dist.data.lanes import lanes_of
 from cdr_dist.data.shards import ShardReader
 from cdr_dist.data.stream import Rows, Stream
 from cdr_dist.embeddings.initialisation import initialise_dense
@@ -73,11 +74,16 @@ class Session:
         )
         return Feed(stream, self._build)
 
-    def evaluation_stream(self, split: str) -> Stream:
+    def evaluation_streams(self, split: str) -> list[Stream]:
+        """One stream a lane that this worker serves, in stored order; a step is evaluation.batch_size rows of each."""
         stored = 1 + (self.manifest.eval_negatives if self.manifest.label == "sampled" else 0)
-        rows = max(1, self.config.evaluation.batch_size // stored)
+        lanes = self.config.stream.lanes
+        rows = lanes * max(1, self.config.evaluation.batch_size // stored)
         reader = ShardReader(self.folder, self.manifest, split, self.builder.columns(split))
-        return Stream(reader, rows, self.config.stream, self.config.seed, split, self.rank, self.workers, shuffle=False)
+        return [
+            Stream(reader, rows, self.config.stream, self.config.seed, split, lane, lanes, shuffle=False)
+            for lane in lanes_of(self.rank, self.workers, lanes)
+        ]
 
     def close(self) -> None:
         self.lower.close()

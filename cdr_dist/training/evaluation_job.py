@@ -1,0 +1,77 @@
+"""The work of jobs/evaluate.py: a run's best checkpoint, measured again in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cdr_dist.data.dataset import read_manifest
+from cdr_dist.data.demo import dataset_of
+from cdr_dist.data.shards import verify
+from cdr_dist.errors import UserError, nearest
+from cdr_dist.training.checkpoint import Checkpoints, complete, read_progress
+from cdr_dist.training.evaluate import evaluate
+from cdr_dist.training.launch import alone, quiet_libraries
+from cdr_dist.training.options import one_of
+from cdr_dist.training.run_folder import RunFolder
+from cdr_dist.training.session import Session
+from cdr_dist.training.worker import phases_of
+
+OPTIONS = ("run", "split", "scores")
+
+
+def evaluation_job(words: Sequence[str]) -> None:
+    """Words: run= (needed), split= (test), scores= (a Parquet file of every row's score). Prints JSON."""
+    given = {"split": "test"} | options(words)
+    if "run" not in given:
+        raise UserError("run= is missing; see --help")
+    one_of("split", given["split"], ("valid", "test"))
+    quiet_libraries()
+    step, found = evaluate_run(given["run"], given["split"], given.get("scores"))
+    print(json.dumps({"run": given["run"], "step": step, "split": given["split"], "metrics": found}, indent=1))
+
+
+def options(words: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for word in words:
+        name, separator, value = word.partition("=")
+        if not separator:
+            raise UserError(f"'{word}': options are written key=value")
+        if name not in OPTIONS:
+            raise UserError(f"{name}: unknown option; {nearest(name, list(OPTIONS))}")
+        found[name] = value
+    return found
+
+
+def evaluate_run(run: str, split: str, scores: str | None = None) -> tuple[int, dict[str, float | None]]:
+    """(step of the best checkpoint, its metrics on a split), whatever number of workers wrote it."""
+    place = RunFolder(run)
+    config = place.config()
+    step = best_step(place)
+    folder = dataset_of(config.data)
+    torch.set_num_threads(config.trainer.threads)
+    verify(folder, read_manifest(folder), how=config.trainer.verify)
+    with alone():
+        session = Session(config, folder, [update for phase in phases_of(config) for update in phase.cycle])
+        try:
+            checkpoints = Checkpoints(place.checkpoints, session, config.trainer.keep)
+            checkpoints.check_dataset(checkpoints.at(step))
+            checkpoints.load_parameters(checkpoints.at(step))
+            found = evaluate(session, split, Path(scores) if scores else None)
+        finally:
+            session.close()
+    return step, {name: value if value == value else None for name, value in found.items()}
+
+
+def best_step(place: RunFolder) -> int:
+    """Of a finished run, or so far."""
+    newest = max(complete(place.checkpoints), default=None)
+    if newest is None:
+        raise UserError(f"{place.path}: has no checkpoint yet")
+    step = read_progress(newest).best_step
+    if step < 0:
+        raise UserError(f"{place.path}: was not validated yet, so no checkpoint is the best")
+    return step

@@ -1,0 +1,27 @@
+"""Evaluates a run's best checkpoint again.
+
+    python jobs/evaluate.py run=runs/biao-8
+    python jobs/evaluate.py run=runs/biao-8 split=valid scores=scores.parquet
+
+Prints the metrics as JSON: the same as in the run's summary.json, whatever number of workers trained it. split is
+valid or test (the default); scores names a Parquet file for every row's user, example, label and score.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cdr_dist.jobs import run_job
+
+
+def main(words: list[str]) -> None:
+    from cdr_dist.training.evaluation_job import evaluation_job
+
+    evaluation_job(words)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job("evaluate", __doc__, main))
