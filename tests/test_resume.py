@@ -105,7 +105,14 @@ def test_more_steps_continue_a_finished_run(tmp_path):
 
 # ---- other numbers of workers -------------------------------------------------------------------------------------
 
-LONG = ("trainer.max_steps=200", "upper.interval=20", "upper.lr=5", "hypergradient.alpha=0.1", "evaluation.every=100")
+LONG = (
+    "trainer.max_steps=200",
+    "trainer.epochs=20",
+    "upper.interval=20",
+    "upper.lr=5",
+    "hypergradient.alpha=0.1",
+    "evaluation.every=100",
+)
 SEEDS = (12, 8, 11)
 
 
@@ -285,7 +292,7 @@ def at_step(step, do):
 def test_the_job_stopped_then_killed_ends_with_the_same_bits(tmp_path):
     """The real thing: jobs/train.py, SIGTERM, again, SIGKILL, again."""
     run = tmp_path / "run"
-    more = ("trainer.max_steps=300", "evaluation.patience=0")
+    more = ("trainer.max_steps=300", "trainer.epochs=20", "evaluation.patience=0")
     given = [*words(rated(), run, "recipe=biao", *more), "trainer.checkpoint_every=10"]
     assert ended_at(20, given, run, signal.SIGTERM) == 143
     assert ended_at(steps_of(run) + 40, given, run, signal.SIGKILL) == -signal.SIGKILL
