@@ -69,7 +69,7 @@ def test_harmful_categories_are_as_consistent_as_helpful_ones_and_neutral_ones_a
         + (pl.col("n") - pl.col("high")) * (pl.col("n").cast(pl.Int64) - pl.col("high") - 1),
     )
     shares = dict(pairs.group_by("kind").agg(pl.col("agree").sum() / pl.col("all").sum()).iter_rows())
-    expected = PLAIN.certainty**2 + (1 - PLAIN.certainty) ** 2
+    expected = PLAIN.source_certainty**2 + (1 - PLAIN.source_certainty) ** 2
     assert shares["helpful"] == pytest.approx(expected, abs=0.01)
     assert shares["harmful"] == pytest.approx(expected, abs=0.01)
     assert shares["neutral"] == pytest.approx(0.5, abs=0.01)

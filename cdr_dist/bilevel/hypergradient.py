@@ -36,13 +36,13 @@ DENSE = "dense"
 class HypergradientOptions:
     """How eq. 14 is approximated."""
 
-    terms: int = 3
+    terms: int = 0
     """K of the Neumann series; 0 is the one-step gradient."""
     alpha: float = 1.0
     """Step of the series (released: convlr = 1)."""
     mode: str = "exact"
     """exact: products are summed over workers; local: each worker its own series, one reduction at the end."""
-    theta: list[str] = field(default_factory=lambda: [DENSE, ALL_TABLES])
+    theta: list[str] = field(default_factory=lambda: ["user"])
     """What the lower level is taken to optimise: 'dense', 'tables' (all) or names of tables, such as 'user'."""
     precondition: str = "none"
     """none: one alpha for all; block: rows and dense layers each scaled by the inverse of their curvature."""

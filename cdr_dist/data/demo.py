@@ -25,7 +25,7 @@ DEMO = "demo"
 FOLDER = "runs/demo-data"
 """Relative to the current directory, as run folders are."""
 SHAPE_FILE = "planted.json"
-GENERATOR = 1
+GENERATOR = 2
 """Goes up when the same shape makes other logs."""
 
 

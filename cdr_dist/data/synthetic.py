@@ -26,13 +26,9 @@ class Planted:
     """
 
     users: int = 6000
-    traits: int = 2
-    """A taste is that many yes-or-no traits. A category is liked by a yes or by a no to one of them, so half of the
-    users like it, and without the user's taste nothing can be told."""
-    other_tastes: int = 5
-    """Tastes of a user that the target knows nothing of; the harmful categories are split among them. The more there
-    are, the more of the user's embedding they ask for: a single one is learnt beside the target's at no cost."""
-    target_behaviours: int = 5
+    other_tastes: int = 2
+    """Tastes of a user that the target knows nothing of; the harmful categories are split among them."""
+    target_behaviours: int = 4
     """Per user; the last two are validation and test. Few, so that the target alone leaves the taste uncertain."""
     source_behaviours: int = 40
     """Per user, all before the target's."""
@@ -46,18 +42,21 @@ class Planted:
     """Source categories whose likes are coin flips."""
     harmful: int = 10
     """Source categories that follow another taste; more than the helpful ones, so that joint training goes wrong."""
-    certainty: float = 0.9
-    """Probability that an item is rated as the ruling taste says: high where liked, low where not."""
+    certainty: float = 0.75
+    """Probability that a target item is rated as the ruling taste says: high where liked, low where not."""
+    source_certainty: float = 0.95
+    """The same in the source: it tells more about the user than the target's own few behaviours do."""
     seed: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("users", "traits", "other_tastes", "source_behaviours", "target_categories"):
+        for name in ("users", "other_tastes", "source_behaviours", "target_categories"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("helpful", "neutral", "harmful"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _check(self.target_behaviours >= 3, "target_behaviours", self.target_behaviours, "at least 3")
         _check(len(self.kinds) >= 1, "helpful + neutral + harmful", len(self.kinds), "at least 1")
-        _check(0.5 <= self.certainty <= 1.0, "certainty", self.certainty, "between 0.5 and 1")
+        for name in ("certainty", "source_certainty"):
+            _check(0.5 <= getattr(self, name) <= 1.0, name, getattr(self, name), "between 0.5 and 1")
         for items, categories in (("target_items", self.target_categories), ("source_items", len(self.kinds))):
             _check(getattr(self, items) >= categories, items, getattr(self, items), f"at least {categories}, one each")
 
@@ -84,31 +83,19 @@ class PlantedLogs:
 def planted_logs(shape: Planted) -> PlantedLogs:
     """A pure function of the shape and its seed."""
     random = np.random.default_rng(int(key("planted", shape.seed)))
-    own = random.random((shape.users, shape.traits)) < 0.5
-    others = random.random((shape.other_tastes, shape.users, shape.traits)) < 0.5
+    own = random.random(shape.users) < 0.5
+    others = random.random((shape.other_tastes, shape.users)) < 0.5
     coin_flips = np.zeros(shape.users, dtype=bool)
-    source_likes = [_likes(own, number) for number in range(shape.helpful)] + [coin_flips] * shape.neutral
-    for number in range(shape.harmful):
-        turn, of = divmod(number, shape.other_tastes)
-        # Half of the other tastes start with a yes and half with a no, so that nobody likes everything harmful.
-        source_likes.append(_likes(others[of], turn + of * shape.traits))
-    target_likes = [_likes(own, number) for number in range(shape.target_categories)]
-    certainty = [0.5 if kind == "neutral" else shape.certainty for kind in shape.kinds]
+    of_harmful = [others[number % shape.other_tastes] for number in range(shape.harmful)]
+    source_likes = [own] * shape.helpful + [coin_flips] * shape.neutral + of_harmful
+    target_likes = [own] * shape.target_categories
+    certainty = [0.5 if kind == "neutral" else shape.source_certainty for kind in shape.kinds]
     source = _log(random, "s", source_likes, certainty, shape.source_behaviours, shape.source_items, first_time=0)
     certainty = [shape.certainty] * shape.target_categories
     after = shape.source_behaviours
     target = _log(random, "t", target_likes, certainty, shape.target_behaviours, shape.target_items, first_time=after)
     truth = pl.DataFrame({"category": [f"s{c:02d}" for c in range(len(shape.kinds))], "kind": shape.kinds})
     return PlantedLogs(source, target, truth)
-
-
-def _likes(taste: NDArray[np.bool_], number: int) -> NDArray[np.bool_]:
-    """Which users like a taste's category of that number. taste: [users, traits].
-
-    The categories ask for a yes to each trait, then for a no to each, and so on.
-    """
-    turn, trait = divmod(number, taste.shape[1])
-    return taste[:, trait] == (turn % 2 == 0)
 
 
 def _log(

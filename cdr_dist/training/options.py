@@ -46,7 +46,7 @@ class RecipeConfig:
 class BatchConfig(BatchOptions):
     """Batches of the lower stream."""
 
-    size: int = 512
+    size: int = 256
     """Target rows of the global batch, negatives included."""
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class BatchConfig(BatchOptions):
 class DenseOptions:
     """Adam on the dense parameters."""
 
-    lr: float = 1e-3
+    lr: float = 3e-3
     weight_decay: float = 0.0
 
 
@@ -67,14 +67,14 @@ class DenseOptions:
 class UpperOptions:
     """The upper level of BIAO (Algorithm 1)."""
 
-    interval: int = 100
+    interval: int = 5
     """Lower updates between two upper updates."""
-    dev: str = "reordered"
+    dev: str = "rotating"
     """reordered: the train set in its own order (the paper); same_users: other training behaviours of the train batch's
     users; rotating: the same, but behaviours that lower updates leave out for the time being."""
     rotate_epochs: int = 1
     """With dev=rotating: epochs of the lower stream after which the held-out behaviours change."""
-    hold_out: float = 1.0
+    hold_out: float = 0.3
     """With dev=rotating: share of the users who have a behaviour held out at a time."""
     dev_batch_size: int = 0
     """Rows of the dev batch; 0: as batch.size. Other orders than reordered follow the train batch."""
@@ -86,8 +86,8 @@ class UpperOptions:
     head_lr: float = 1e-2
     gamma0: float = 1.0
     """Coefficient of the source loss in `joint`, and what other weightings of that kind scale by."""
-    optimiser: str = "sgd"
-    lr: float = 1e-2
+    optimiser: str = "adam"
+    lr: float = 2e-2
     weight_decay: float = 0.0
     decay_gamma: bool = False
     """Whether weight decay touches gamma (as released, where relu(gamma) then shrinks to 0 and stays)."""
@@ -136,7 +136,7 @@ class TrainerOptions:
 
     workers: int = 2
     """Ray Train workers; 0: in this process."""
-    epochs: int = 10
+    epochs: int = 15
     max_steps: int = 0
     """Lower updates of the whole run; 0: as many as the epochs hold."""
     threads: int = 1
