@@ -6,7 +6,9 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,42 +161,39 @@ def test_a_folder_of_somebody_elses_is_refused_and_kept(tmp_path):
     assert (tmp_path / "data/thesis.txt").read_text() == "mine"
 
 
-WRITER = """
+KILLED = """
 import os, signal, sys
 from cdr_dist.data import demo
-from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.synthetic import Planted
-def killed(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-folder, dies_at = sys.argv[1:]
-if dies_at == "the shards are written":
-    prepare, demo.prepare = demo.prepare, lambda options: prepare(options) and killed()
-if dies_at == "it is about to appear":
-    demo.Path.rename = killed
-demo.write_planted(Planted(users=200, source_behaviours=10), folder)
+demo.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+demo.write_planted(Planted(users=200, source_behaviours=10), sys.argv[1])
 """
 
 
-def writer(folder: Path, dies_at: str = "never") -> subprocess.Popen:
-    words = [sys.executable, "-c", WRITER, str(folder), dies_at]
-    return subprocess.Popen(words, cwd=Path(__file__).resolve().parent.parent)
-
-
-@pytest.mark.parametrize("dies_at", ["the shards are written", "it is about to appear"])
-def test_a_killed_writer_leaves_no_dataset_and_the_next_one_writes_it(tmp_path, dies_at):
+def test_a_writer_killed_before_its_dataset_appears_leaves_none_and_the_next_one_writes_it(tmp_path):
     folder = tmp_path / "data"
-    assert writer(folder, dies_at).wait() == -signal.SIGKILL
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder)], cwd=Path(__file__).resolve().parent.parent)
+    assert killed.returncode == -signal.SIGKILL
     assert not folder.exists()
+    assert (tmp_path / "data.unfinished/dataset/manifest.json").exists()
     write_planted(SMALL, str(folder))
     assert read_manifest(str(folder)).counts["users"] == SMALL.users
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "data.lock"]
 
 
-def test_two_processes_that_write_the_demo_at_once_write_one_dataset(tmp_path):
-    folder = tmp_path / "data"
-    both = [writer(folder), writer(folder)]
-    assert [process.wait() for process in both] == [0, 0]
-    assert write_planted(SMALL, str(folder)) == read_manifest(str(folder))
+def test_two_that_want_the_demo_at_once_write_one_dataset(tmp_path, monkeypatch):
+    """Threads stand for processes: the lock belongs to the file that each of them opens."""
+    folder, written, write, together = tmp_path / "data", [], demo._write, threading.Barrier(2)
+
+    def wanted(_):
+        together.wait(timeout=10)
+        return write_planted(SMALL, str(folder))
+
+    monkeypatch.setattr(demo, "_write", lambda shape, out: written.append(out) or write(shape, out))
+    with ThreadPoolExecutor(2) as pool:
+        manifests = list(pool.map(wanted, range(2)))
+    assert written == [folder]
+    assert manifests[0] == manifests[1] == read_manifest(str(folder))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "data.lock"]
 
 
