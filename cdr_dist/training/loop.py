@@ -97,9 +97,10 @@ class Loop:
             self._keep_time(time.perf_counter() - start, update.counts)
             p.position = (p.position + 1) % len(phase.cycle)
             if not update.counts:
-                p.upper_steps += 1
-                self._check_finite(phase, values)
-                self._watcher.updated(p.step, phase.name, values)
+                if values:
+                    p.upper_steps += 1
+                    self._check_finite(phase, values)
+                    self._watcher.updated(p.step, phase.name, values)
                 continue
             p.step += 1
             self._check_finite(phase, values)

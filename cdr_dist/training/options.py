@@ -69,6 +69,8 @@ class UpperOptions:
 
     interval: int = 5
     """Lower updates between two upper updates."""
+    warm_up_epochs: int = 0
+    """Epochs of the lower stream before the first upper update: early on, rows are noise and so is their gradient."""
     dev: str = "rotating"
     """reordered: the train set in its own order (the paper); same_users: other training behaviours of the train batch's
     users; rotating: the same, but behaviours that lower updates leave out for the time being."""

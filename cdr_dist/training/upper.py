@@ -31,8 +31,13 @@ class Upper:
         self._refresh = int(refresh[4:]) if refresh.startswith("dev:") and session.dev_head is not None else 0
 
     def run(self, stop_wanted: bool) -> dict[str, float]:
-        """One update -> gamma, the norm of the hypergradient, |v_0| and |v_K|, and whether the series grew."""
+        """One update -> gamma, the norm of the hypergradient, |v_0| and |v_K|, and whether the series grew.
+
+        Nothing happens, and nothing is returned, during the warm-up.
+        """
         s, options = self._session, self._session.config.hypergradient
+        if s.lower.place.epoch < s.config.upper.warm_up_epochs:
+            return {}
         if self._refresh:
             self._refresh_head()
         train = counted(s.lower.peek().batch) if s.hold_out else s.lower.peek().batch

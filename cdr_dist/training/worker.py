@@ -97,8 +97,7 @@ def _summary(
     metrics = {"valid": evaluate(session, "valid"), "test": evaluate(session, "test", place.path / SCORES)}
     passes = dict(session.passes)
     weights = weights_by_category(session) if session.perceptron is not None else None
-    interval = config.upper.interval
-    predicted = p.step + (p.step // interval) * config.hypergradient.passes if p.upper_steps else p.step
+    predicted = p.step + p.upper_steps * config.hypergradient.passes
     summary: dict[str, Any] = {
         "schema": 1,
         "recipe": config.recipe.name,
