@@ -19,7 +19,17 @@ from cdr_dist.training.worker import work
 from tests.problem import replaced
 from tests.processes import on_workers
 
-SMALL = ["batch.size=64", "batch.history_length=6", "upper.interval=7", "trainer.workers=0", "trainer.max_steps=40"]
+SMALL = [
+    "batch.size=64",
+    "batch.history_length=6",
+    "upper.interval=7",
+    "upper.dev=reordered",
+    "upper.optimiser=sgd",  # Adam would make steps of lr out of rounding errors
+    "upper.lr=0.01",
+    "dense.lr=0.001",
+    "trainer.workers=0",
+    "trainer.max_steps=40",
+]
 """19 steps an epoch of datasets.rated(); the last one is short."""
 KILLED = "killed"
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cdr_dist.training.checkpoint import complete
+from cdr_dist.training.checkpoint import steps_done
 from tests.datasets import copied, rated
 from tests.runs import lines, same_run, train, words
 
 ROOT = Path(__file__).parents[1]
-MORE = ["recipe=biao", "trainer.max_steps=300", "trainer.epochs=20", "evaluation.patience=0"]
+MORE = ["recipe=biao", "trainer.max_steps=300", "trainer.epochs=20", "evaluation.patience=0", "hypergradient.alpha=0.1"]
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
@@ -90,7 +90,7 @@ def _title(process):
 
 
 def steps_of(run):
-    return max((int(path.name[5:]) for path in complete(Path(run) / "checkpoints")), default=0)
+    return steps_done(Path(run) / "checkpoints")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from cdr_dist.embeddings.initialisation import normal_rows
 from cdr_dist.embeddings.tables import ShardedTables
 from cdr_dist.errors import UserError
 from cdr_dist.jobs import run_job
-from cdr_dist.training.checkpoint import COMPLETE, Progress, complete
+from cdr_dist.training.checkpoint import COMPLETE, Progress, steps_done
 from cdr_dist.training.job import train_job
 from cdr_dist.training.lower import Lower
 from tests.datasets import rated, rows_of, sampled
@@ -84,8 +84,15 @@ def test_killed_again_and_again_gives_the_same_bits(tmp_path):
     same_run(uninterrupted("biao"), run)
 
 
-def test_negatives_and_the_refreshed_head_resume_too(tmp_path):
-    more = ["recipe=biao", "upper.head_refresh=dev:2", "upper.optimiser=adam", "evaluation.ks=[1,3]"]
+OTHER_WAYS = {
+    "a refreshed head": ["upper.head_refresh=dev:2", "upper.optimiser=adam"],
+    "a rotating hold-out": ["upper.dev=rotating", "upper.hold_out=0.5"],
+}
+
+
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_negatives_and_other_upper_levels_resume_too(way, tmp_path):
+    more = ["recipe=biao", "evaluation.ks=[1,3]", *OTHER_WAYS[way]]
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(words(sampled(), whole, *more))
     assert train(words(sampled(), run, *more, "trainer.checkpoint_every=9"), killed_after=15) == [KILLED]
@@ -313,7 +320,7 @@ def ended_at(step, given, run, told):
 
 
 def steps_of(run):
-    return max((int(path.name[5:]) for path in complete(Path(run) / "checkpoints")), default=0)
+    return steps_done(Path(run) / "checkpoints")
 
 
 # ---- mutations that the claims above must catch --------------------------------------------------------------------

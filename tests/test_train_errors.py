@@ -171,7 +171,11 @@ def test_a_run_folder_of_another_configuration(job, finished):
     mistake(job, [*finished, "dense.lr=0.5"], "run: holds a run with another configuration: dense.lr: 0.001 -> 0.5. ")
     line = mistake(job, words(rated(), "run", "trainer.max_steps=4", "recipe=biao"), "recipe.name: joint -> biao")
     assert len(line) < 300
-    mistake(job, words(sampled(), "run", "trainer.max_steps=4", "recipe=joint"), f"data: {rated()} -> {sampled()}")
+    mistake(
+        job,
+        words(sampled(), "run", "trainer.max_steps=4", "recipe=joint"),
+        f"data: {rated()} -> {sampled()}",
+    )
 
 
 def test_fewer_steps_than_before_are_refused(job, finished):

@@ -157,6 +157,11 @@ def complete(folder: Path) -> list[Path]:
     return [p for p in folder.glob("step-*") if (p / COMPLETE).exists()]
 
 
+def steps_done(folder: Path) -> int:
+    """Of the newest complete checkpoint; 0 where there is none."""
+    return max((int(path.name.removeprefix("step-")) for path in complete(folder)), default=0)
+
+
 def dense_state(session: Session) -> dict[str, Any]:
     names = [n for n in ("model", "perceptron", "dev_head") if getattr(session, n) is not None]
     return {

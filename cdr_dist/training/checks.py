@@ -43,8 +43,20 @@ def table_bytes(config: TrainConfig, manifest: Manifest) -> int:
     return total
 
 
+def most_steps(config: TrainConfig, manifest: Manifest) -> int:
+    """Lower updates of a run that is not stopped early."""
+    epochs = max(phase.epochs or config.trainer.epochs for phase in config.recipe.phases)
+    steps = epochs * -(-manifest.examples("train") // (config.batch.size // _group(config, manifest)))
+    return min(steps, config.trainer.max_steps or steps)
+
+
+def _group(config: TrainConfig, manifest: Manifest) -> int:
+    """Batch rows that one stored row becomes."""
+    return 1 + config.batch.negatives if manifest.label == "sampled" else 1
+
+
 def _check_batch(config: TrainConfig, manifest: Manifest) -> None:
-    group = 1 + config.batch.negatives if manifest.label == "sampled" else 1
+    group = _group(config, manifest)
     for option, size in (("batch.size", config.batch.size), ("upper.dev_batch_size", config.upper.dev_batch_size)):
         if size % group:
             raise UserError(f"{option}={size}: must be a multiple of {group} (a row and its negatives)")

@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from cdr_dist.configuration import TrainConfig, from_yaml, to_yaml
 from cdr_dist.errors import Stopped, UserError
-from cdr_dist.training.checks import check_before_start
+from cdr_dist.training.checkpoint import steps_done
+from cdr_dist.training.checks import check_before_start, most_steps
 from cdr_dist.training.run_folder import RunFolder
 from cdr_dist.training.tracking import Console
 from cdr_dist.training.worker import STOPPED, work
@@ -25,14 +26,14 @@ from cdr_dist.training.worker import STOPPED, work
 def train(config: TrainConfig, folder: str, quiet: bool = False) -> dict[str, Any]:
     """Trains, or continues the run in `config.run`, and returns its summary. Raises UserError, Stopped."""
     quiet_libraries()
-    check_before_start(config, folder)
+    manifest = check_before_start(config, folder)
     place = RunFolder(config.run)
     new = place.is_new()
     done = place.open(config)
     if done is not None:
         return done
     title = f"{config.recipe.name} seed {config.seed}"
-    with Console(place, title, config.trainer.max_steps, quiet):
+    with Console(place, title, most_steps(config, manifest), steps_done(place.checkpoints), quiet):
         start = _in_process if config.trainer.workers == 0 else _on_ray
         try:
             result = start(config, _absolute(folder), place)

@@ -60,14 +60,18 @@ class Silent:
 
 
 class Console:
-    """Follows metrics.jsonl in a thread: a progress bar on a terminal, plain lines elsewhere."""
+    """Follows metrics.jsonl in a thread: a progress bar on a terminal, plain lines elsewhere.
 
-    def __init__(self, folder: RunFolder, title: str, steps: int, quiet: bool = False) -> None:
+    steps: the most there can be; done: those of an earlier start.
+    """
+
+    def __init__(self, folder: RunFolder, title: str, steps: int, done: int = 0, quiet: bool = False) -> None:
         self._folder, self._title, self._quiet = folder, title, quiet
         self._seen = sum(1 for _ in folder.lines())
         self._growing = 0
         self._done = threading.Event()
-        self._bar = tqdm(total=steps or None, desc=title, unit="step") if sys.stderr.isatty() and not quiet else None
+        shown = sys.stderr.isatty() and not quiet
+        self._bar = tqdm(total=steps, initial=done, desc=title, unit="step") if shown else None
         self._thread = threading.Thread(target=self._follow, daemon=True, name="cdr-console")
 
     def __enter__(self) -> Console:
@@ -105,13 +109,17 @@ class Console:
         if self._bar is not None:
             self._bar.n = step
             self._bar.set_postfix_str(text)
-            if line["split"] == "valid":
-                self._bar.write(f"{self._title}  step {step}  {line['split']}  {text}")
+        if self._bar is None or line["split"] == "valid":
+            self._say(step, f"{line['split']}  {text}")
+
+    def _say(self, step: int, text: str) -> None:
+        text = f"{self._title}  step {step}  {text}"
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
         else:
-            print(f"{self._title}  step {step}  {line['split']}  {text}", file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
 
     def _warn_of_growth(self, step: int, values: dict[str, float]) -> None:
         self._growing = self._growing + 1 if values.get("series_grows") else 0
         if self._growing == 5:
-            text = f"step {step}: the Neumann series grew in 5 upper updates in a row; lower hypergradient.alpha"
-            print(text, file=sys.stderr, flush=True)
+            self._say(step, "the Neumann series grew in 5 upper updates in a row; lower hypergradient.alpha")
