@@ -13,6 +13,10 @@ from tests.datasets import rated, sampled
 from tests.runs import summary, train, words
 
 
+OVERFITS = ["tables.lr=0.5", "dense.lr=0.02", "evaluation.metric=logloss"]
+"""The best checkpoint is then not the last one."""
+
+
 @pytest.fixture
 def job(monkeypatch, capsys):
     def run(*given):
@@ -30,7 +34,7 @@ def job(monkeypatch, capsys):
 )
 def test_the_best_checkpoint_gives_the_numbers_of_the_summary(dataset, more, workers, job, tmp_path):
     run, scores = tmp_path / "run", tmp_path / "scores.parquet"
-    train(words(dataset(), run, "recipe=joint", "evaluation.every=13", "tables.lr=0.5", *more), workers)
+    train(words(dataset(), run, "recipe=joint", "evaluation.every=13", *OVERFITS, *more), workers)
     for split in ("test", "valid"):
         code, out, error = job(f"run={run}", f"split={split}", f"scores={scores}")
         assert (code, error) == (0, "")

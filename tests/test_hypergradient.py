@@ -26,7 +26,13 @@ def ours(rank, workers, shape, terms, mutation=None, extra_head=True, perceptron
     model, phi, head = modules(problem, **(perceptron or {}))
     train, dev = (part_of(b, rank, workers) for b in problem.batches[:2])
     call = lambda: hypergradient(  # noqa: E731
-        model, phi, head if extra_head else None, tables, train, dev, HypergradientOptions(terms=terms, **options)
+        model,
+        phi,
+        head if extra_head else None,
+        tables,
+        train,
+        dev,
+        HypergradientOptions(**{"theta": ["dense", "tables"], "terms": terms, **options}),
     )
     result = MUTATIONS[mutation](call) if mutation else call()
     features = model.spec().features
