@@ -12,7 +12,6 @@ from cdr_dist.training.evaluation_job import evaluation_job
 from tests.datasets import rated, sampled
 from tests.runs import summary, train, words
 
-
 OVERFITS = ["tables.lr=0.5", "dense.lr=0.02", "evaluation.metric=logloss"]
 """The best checkpoint is then not the last one."""
 
