@@ -19,10 +19,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cdr_dist.bilevel.hypergradient import HypergradientOptions
-from cdr_dist.bilevel.perceptron import PerceptronOptions
-from cdr_dist.data.stream import StreamOptions
-from cdr_dist.embeddings.tables import TableOptions
+from cdr_dist.bilevel.options import HypergradientOptions, PerceptronOptions
+from cdr_dist.data.options import StreamOptions
+from cdr_dist.embeddings.options import TableOptions
 from cdr_dist.errors import UserError, nearest
 from cdr_dist.training.options import (
     BatchConfig,

@@ -15,3 +15,7 @@ def nearest(word: str, known: list[str]) -> str:
 
 class Stopped(Exception):  # noqa: N818 - not an error
     """The run was told to stop and has a checkpoint to continue from. Jobs exit with 143."""
+
+
+STOPPED = "stopped"
+"""What a worker returns in place of a summary when it was told to stop."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import shutil
@@ -17,7 +18,14 @@ from cdr_dist.data.truth import FILE
 
 USERS = 300
 SHAPE = Planted(users=USERS, target_behaviours=6, source_behaviours=10, target_items=80, source_items=150, seed=8)
-_scratch = tempfile.TemporaryDirectory(prefix="cdr-tests-")
+
+
+@functools.cache
+def scratch() -> Path:
+    """A folder for the session; made on first use, because workers import this, too, and are killed at the end."""
+    made = Path(tempfile.mkdtemp(prefix="cdr-tests-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
 
 
 @functools.cache
@@ -46,7 +54,7 @@ def edited(dataset: Path, **values: object) -> Path:
 
 
 def _written(name: str, **options) -> Path:
-    out, raw = Path(_scratch.name) / name, Path(_scratch.name) / f"{name}-logs"
+    out, raw = scratch() / name, scratch() / f"{name}-logs"
     raw.mkdir()
     logs = planted_logs(SHAPE)
     for domain in ("source", "target"):

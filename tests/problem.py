@@ -7,9 +7,11 @@ import contextlib
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cdr_dist.bilevel.perceptron import BehaviouralPerceptron, PerceptronOptions
+from cdr_dist.bilevel.options import PerceptronOptions
+from cdr_dist.bilevel.perceptron import BehaviouralPerceptron
 from cdr_dist.data.batch import Batch
-from cdr_dist.embeddings.tables import ShardedTables, TableOptions, TableSpec
+from cdr_dist.embeddings.options import TableOptions, TableSpec
+from cdr_dist.embeddings.tables import ShardedTables
 from cdr_dist.models.conet import CoNet
 from tests import reference
 

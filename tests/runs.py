@@ -11,9 +11,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 
 from cdr_dist.configuration import from_words
-from cdr_dist.training.checkpoint import complete
 from cdr_dist.training.lower import Lower
-from cdr_dist.training.run_folder import RunFolder
+from cdr_dist.training.run_folder import RunFolder, complete
 from cdr_dist.training.upper import Upper
 from cdr_dist.training.worker import work
 from tests.problem import replaced
@@ -26,6 +25,7 @@ SMALL = [
     "upper.dev=reordered",
     "upper.optimiser=sgd",  # Adam would make steps of lr out of rounding errors
     "upper.lr=0.01",
+    "upper.source_draws=2",
     "dense.lr=0.001",
     "trainer.workers=0",
     "trainer.max_steps=40",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cdr_dist.data.batch import BatchBuilder, BatchOptions, HoldOut
+from cdr_dist.data.batch import BatchBuilder, HoldOut
 from cdr_dist.data.dataset import read_manifest
+from cdr_dist.data.options import BatchOptions
 from tests import datasets
 
 
@@ -121,34 +124,29 @@ def test_dev_behaviours_are_other_training_behaviours_of_the_same_users(data):
     assert batch.weight.eq(1).all()
 
 
-def test_held_out_behaviours_leave_the_lower_batches_and_make_the_dev_batches(data):
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_held_out_behaviours_leave_the_lower_batches_and_make_the_dev_batches(data, share):
     table, make = stored(data), builder(data)
     k, periods = make.expansion, []
+    peers = dict(zip(table["user"].to_pylist(), table["target_candidates_item"].to_pylist(), strict=True))
+    number = {user: len(items) for user, items in peers.items()}
     for epoch in range(0, 12, 2):
-        hold_out = HoldOut(seed=8, share=0.5, epochs=2)
+        hold_out = HoldOut(seed=8, share=share, epochs=2)
         lower = make.train(table, epoch, table.num_rows, hold_out)
         again = make.train(table, epoch + 1, table.num_rows, hold_out)
         dev = make.dev_of_same_users(table, epoch, table.num_rows, hold_out)
         assert torch.equal(lower.weight, again.weight)  # the same for a period of two epochs
         left_out = lower.weight[::k].numpy() == 0
         held = set(zip(column(lower, "user")[::k][left_out], table["position"].to_numpy()[left_out], strict=True))
-        assert len({user for user, _ in held}) == len(held)  # one a user
+        of_user = Counter(user for user, _ in held)
+        for user, behaviours in number.items():
+            assert of_user[user] in (int(share * behaviours), int(share * behaviours) + 1)
+            assert of_user[user] < behaviours
+        assert abs(len(held) / table.num_rows - share) < 0.05
         in_dev = dev.weight[::k].numpy() == 1
-        users = {user for user, _ in held}
-        assert set(column(dev, "user")[::k][in_dev]) == users
-        assert 0.35 < len(users) / datasets.USERS < 0.65
-        items = {
-            u: p[i]
-            for u, p, i in zip(
-                table["user"].to_pylist(),
-                table["target_candidates_item"].to_pylist(),
-                table["position"].to_pylist(),
-                strict=True,
-            )
-            if (u, i) in held
-        }
-        for user, item in zip(column(dev, "user")[::k][in_dev], column(dev, "target_item")[::k][in_dev], strict=True):
-            assert item == items[user]
+        assert set(column(dev, "user")[::k][in_dev]) == set(of_user)
+        found = zip(column(dev, "user")[::k][in_dev], column(dev, "target_item")[::k][in_dev], strict=True)
+        assert set(found) <= {(user, peers[user][position]) for user, position in held}
         periods.append(held)
     assert len(set.union(*periods)) > 2 * len(periods[0])  # it rotates
 

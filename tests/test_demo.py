@@ -24,7 +24,7 @@ from cdr_dist.data.truth import KINDS, usefulness_by_category
 from cdr_dist.errors import UserError
 
 SMALL = Planted(users=200, source_behaviours=10)
-PLAIN = Planted(users=4000, source_behaviours=60, target_behaviours=30)
+PLAIN = Planted(users=4000, source_behaviours=160, target_behaviours=40)
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +141,9 @@ def test_the_same_shape_makes_the_same_shards_anywhere(tmp_path):
 def test_another_shape_or_generator_is_written_anew_in_its_place(tmp_path, monkeypatch):
     folder = tmp_path / "data"
     first = write_planted(SMALL, str(folder))
-    second = write_planted(replace(SMALL, certainty=0.8), str(folder))
+    second = write_planted(replace(SMALL, certainty=0.7), str(folder))
     assert first.checksum != second.checksum
-    assert json.loads((folder / demo.SHAPE_FILE).read_text())["certainty"] == 0.8
+    assert json.loads((folder / demo.SHAPE_FILE).read_text())["certainty"] == 0.7
     back = write_planted(SMALL, str(folder))
     assert back.checksum == first.checksum
     before = _files(folder)

@@ -7,8 +7,9 @@ import torch
 
 from cdr_dist.bilevel import hypergradient as module
 from cdr_dist.bilevel import perceptron as perceptron_module
-from cdr_dist.bilevel.hypergradient import HypergradientOptions, hypergradient
+from cdr_dist.bilevel.hypergradient import hypergradient
 from cdr_dist.bilevel.lookup import ResidentRows, perceptron_input
+from cdr_dist.bilevel.options import HypergradientOptions
 from cdr_dist.bilevel.perceptron import normalised
 from cdr_dist.embeddings.exchange import RowExchange
 from cdr_dist.embeddings.workers import max_over_workers

@@ -11,7 +11,8 @@ from cdr_dist.configuration import from_words
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.embeddings.initialisation import initialise_dense
 from cdr_dist.models.conet import CoNet
-from cdr_dist.training.session import Session, build_model
+from cdr_dist.training.checks import build_model
+from cdr_dist.training.session import Session
 from cdr_dist.training.worker import phases_of
 from tests import datasets, reference
 from tests.problem import make, replaced

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cdr_dist.training.checkpoint import steps_done
+from cdr_dist.training.run_folder import steps_done
 from tests.datasets import copied, rated
 from tests.runs import lines, same_run, train, words
 

@@ -22,15 +22,15 @@ from cdr_dist.embeddings.initialisation import normal_rows
 from cdr_dist.embeddings.tables import ShardedTables
 from cdr_dist.errors import UserError
 from cdr_dist.jobs import run_job
-from cdr_dist.training.checkpoint import COMPLETE, Progress, steps_done
+from cdr_dist.training.checkpoint import Progress
 from cdr_dist.training.job import train_job
 from cdr_dist.training.lower import Lower
-from tests.datasets import rated, rows_of, sampled
+from cdr_dist.training.run_folder import COMPLETE, steps_done
+from tests.datasets import rated, rows_of, sampled, scratch
 from tests.problem import replaced
 from tests.runs import KILLED, distances, lines, newest, same_run, summary, tensors, train, words
 
 ROOT = Path(__file__).parents[1]
-_scratch = tempfile.TemporaryDirectory(prefix="cdr-runs-")
 
 PLACES = {
     "inside a cycle": (4, 6, False),
@@ -46,7 +46,7 @@ PLACES = {
 
 @functools.cache
 def uninterrupted(recipe, workers=1, *more):
-    run = Path(_scratch.name) / f"{recipe}-{workers}-{len(more)}-{'-'.join(more).replace('/', '_')}"
+    run = scratch() / f"{recipe}-{workers}-{len(more)}-{'-'.join(more).replace('/', '_')}"
     train(words(rated(), run, f"recipe={recipe}", *more), workers)
     return run
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from cdr_dist.data import lanes
 from cdr_dist.data.hashing import key, permutation
 from cdr_dist.data.lanes import Order
-from cdr_dist.data.stream import Place, Stream, StreamOptions
+from cdr_dist.data.options import StreamOptions
+from cdr_dist.data.stream import Place, Stream
 from cdr_dist.errors import UserError
 from tests.problem import replaced
 

@@ -8,7 +8,8 @@ import torch
 
 from cdr_dist.embeddings import tables as module
 from cdr_dist.embeddings.initialisation import normal_rows
-from cdr_dist.embeddings.tables import ShardedTables, TableOptions, TableSpec
+from cdr_dist.embeddings.options import TableOptions, TableSpec
+from cdr_dist.embeddings.tables import ShardedTables
 from cdr_dist.embeddings.workers import world_size
 from cdr_dist.errors import UserError
 from tests import reference
@@ -87,7 +88,31 @@ def test_fused_row_wise_adagrad_equals_the_reference(workers, read_between):
     assert np.array_equal(found["user"][0].numpy(), start.detach().float().numpy())
 
 
+def decayed(rank, weight_decay):
+    tables = ShardedTables(
+        SPECS, TableOptions(width=8, lr=0.1, weight_decay=weight_decay), seed=5, device=torch.device("cpu")
+    )
+    ids = torch.arange(1, 100)
+    before = tables.read({"a": ids})["a"]
+    tables.rows({"a": torch.tensor([7, 90])})["a"].sum().backward()
+    return before, tables.read({"a": ids})["a"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_weight_decay_takes_its_share_of_the_trained_rows_only(workers):
+    """All values of a row have one gradient, so the first step of Adagrad is lr; decay adds lr x decay x row."""
+    before, after = on_workers(workers, decayed, 0.5)[0]
+    expected = before.clone()
+    for row in (6, 89):
+        expected[row] -= 0.1 + 0.1 * 0.5 * before[row]
+    assert torch.allclose(after, expected, atol=1e-6)
+
+
 def test_options_that_cannot_work_are_refused():
+    with pytest.raises(UserError, match="for rowwise_adagrad only"):
+        TableOptions(optimiser="sgd", weight_decay=0.1)
+    with pytest.raises(UserError, match="must not be negative"):
+        TableOptions(weight_decay=-0.1)
     with pytest.raises(UserError, match="multiple of 4"):
         TableOptions(width=10)
     with pytest.raises(UserError, match="did you mean 'adagrad'"):

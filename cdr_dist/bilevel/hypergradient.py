@@ -12,7 +12,7 @@ workers, densely for the dense part and by `RowExchange` for rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 from cdr_dist.bilevel.lookup import ResidentRows, perceptron_input
 from cdr_dist.bilevel.neumann import neumann
+from cdr_dist.bilevel.options import ALL_TABLES, DENSE, HypergradientOptions
 from cdr_dist.bilevel.perceptron import BehaviouralPerceptron, normalised
 from cdr_dist.data.batch import Batch
 from cdr_dist.embeddings.exchange import RowExchange
@@ -27,40 +28,6 @@ from cdr_dist.embeddings.tables import ShardedTables
 from cdr_dist.embeddings.workers import reduce_flat, sum_over_workers, world_size
 from cdr_dist.errors import UserError
 from cdr_dist.models.protocol import Backbone, Labels, Output, cross_entropy
-
-ALL_TABLES = "tables"
-DENSE = "dense"
-
-
-@dataclass
-class HypergradientOptions:
-    """How eq. 14 is approximated."""
-
-    terms: int = 0
-    """K of the Neumann series; 0 is the one-step gradient."""
-    alpha: float = 1.0
-    """Step of the series (released: convlr = 1)."""
-    mode: str = "exact"
-    """exact: products are summed over workers; local: each worker its own series, one reduction at the end."""
-    theta: list[str] = field(default_factory=lambda: ["user"])
-    """What the lower level is taken to optimise: 'dense', 'tables' (all) or names of tables, such as 'user'."""
-    precondition: str = "none"
-    """none: one alpha for all; block: rows and dense layers each scaled by the inverse of their curvature."""
-
-    @property
-    def passes(self) -> int:
-        """Backward passes of one hypergradient: dev gradient, train gradient with graph, K products, mixed."""
-        return self.terms + 3 + (self.precondition == "block")
-
-    def __post_init__(self) -> None:
-        if self.terms < 0:
-            raise UserError(f"hypergradient.terms={self.terms}: must not be negative")
-        if self.mode not in ("exact", "local"):
-            raise UserError(f"hypergradient.mode={self.mode}: choose exact or local")
-        if self.precondition not in ("none", "block"):
-            raise UserError(f"hypergradient.precondition={self.precondition}: choose none or block")
-        if not self.theta:
-            raise UserError("hypergradient.theta: name at least one of dense, tables or a table")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,34 +12,10 @@ from torch.nn import functional
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cdr_dist.bilevel.attention import PooledAttention
+from cdr_dist.bilevel.options import PerceptronOptions
 from cdr_dist.embeddings.workers import max_over_workers, sum_over_workers
-from cdr_dist.errors import UserError
 
 HISTORIES = ("source", "target")
-
-
-@dataclass
-class PerceptronOptions:
-    """Shape of the perceptron; the released code's is preset=as_released."""
-
-    heads: int = 4
-    global_hidden: list[int] = field(default_factory=list)
-    """Hidden layers of eq. 3; none: a single linear layer, as released."""
-    local_hidden: list[int] = field(default_factory=lambda: [32, 16])
-    """Hidden layers of eq. 7."""
-    gamma: str = "softplus"
-    """softplus, or relu as released (which cannot recover from 0)."""
-    gamma_initial: float = 1.0
-    padding: int | None = None
-    """None: padding is masked. N: histories are filled up to N and padding takes attention mass, as released."""
-    item_gradient: bool = False
-    """As released: the item that enters the global part is not detached."""
-
-    def __post_init__(self) -> None:
-        if self.gamma not in ("softplus", "relu"):
-            raise UserError(f"perceptron.gamma={self.gamma}: choose softplus or relu")
-        if self.gamma_initial <= 0:
-            raise UserError(f"perceptron.gamma_initial={self.gamma_initial}: must be positive")
 
 
 class BehaviouralPerceptron(nn.Module):

@@ -22,7 +22,7 @@ from cdr_dist.data.dataset import Manifest
 from cdr_dist.data.hashing import integers, key, mix, uniform
 from cdr_dist.data.lists import Lists
 from cdr_dist.data.negatives import draw_negatives
-from cdr_dist.errors import UserError
+from cdr_dist.data.options import BatchOptions
 
 _EXAMPLE = ["example_id", "user", "item", "category", "label"]
 _CANDIDATES = ["source_candidates_item", "source_candidates_category", "source_candidates_label"]
@@ -59,40 +59,44 @@ class Batch:
         return Batch(**moved, global_rows=self.global_rows)
 
 
-@dataclass
-class BatchOptions:
-    """What a batch is made of."""
-
-    negatives: int = 1
-    """Training negatives of each positive (labels by sampled negatives)."""
-    history_length: int = 20
-    """N: the most recent behaviours of a domain that the perceptron sees (the paper: 20 for MiNet, 50 for CoNet)."""
-
-    def __post_init__(self) -> None:
-        if self.negatives < 1:
-            raise UserError(f"batch.negatives={self.negatives}: at least one negative a positive is needed")
-        if self.history_length < 1:
-            raise UserError(f"batch.history_length={self.history_length}: must be at least 1")
-
-
 @dataclass(frozen=True)
 class HoldOut:
-    """Which training behaviour of which user is kept for the dev loss, for a period of epochs; nothing is stored.
+    """Which training behaviours are kept for the dev loss for a period of epochs; nothing is stored.
 
-    In every period `share` of the users with at least two training behaviours have one of them held out, drawn anew: so
-    lower updates have not been fitted on it lately, and no behaviour is lost for good.
+    In every period a user has `share` of the training behaviours held out, drawn anew: lower updates have not been
+    fitted on them lately, and none is lost for good. A fraction of a behaviour is the probability of one more, and one
+    behaviour is always left.
     """
 
     seed: int
     share: float
     epochs: int
 
-    def of(self, user: NDArray, behaviours: NDArray, epoch: int) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """(whether the user has a behaviour held out, which one), each [n]; behaviours: the user's number of them."""
+    def of(self, user: NDArray, behaviours: NDArray, epoch: int) -> HeldOut:
+        """user, behaviours (the user's number of them): [n]."""
         period = epoch // self.epochs
-        chosen = integers(mix(key("held_out", self.seed), user, period), np.maximum(behaviours, 1))
-        drawn = uniform(mix(key("hold_out", self.seed), user, period)) < self.share
-        return drawn & (behaviours > 1), chosen
+        first = integers(mix(key("held_out", self.seed), user, period), np.maximum(behaviours, 1))
+        more = uniform(mix(key("hold_out", self.seed), user, period))
+        count = np.minimum((self.share * behaviours + more).astype(np.int64), behaviours - 1)
+        return HeldOut(first, np.maximum(count, 0), np.maximum(behaviours, 1))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Of each of [n] users: `count` behaviours from `first` on, round a list of `behaviours`."""
+
+    first: NDArray[np.int64]
+    count: NDArray[np.int64]
+    behaviours: NDArray[np.int64]
+
+    def contains(self, position: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """position [n]; -1 is a behaviour that the list does not hold."""
+        return (position >= 0) & ((position - self.first) % self.behaviours < self.count)
+
+    def one(self, bits: NDArray[np.uint64], turn: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The position of one of them each, [n]; turns 0, 1, .. below the count give different ones. Count 0: any."""
+        count = np.maximum(self.count, 1)
+        return (self.first + (integers(bits, count) + turn) % count) % self.behaviours
 
 
 class BatchBuilder:
@@ -126,43 +130,47 @@ class BatchBuilder:
             wanted += _HISTORIES
         return wanted
 
-    def train(self, table: pa.Table, epoch: int, global_rows: int, hold_out: HoldOut | None = None) -> Batch:
+    def train(
+        self, table: pa.Table, epoch: int, global_rows: int, hold_out: HoldOut | None = None, draws: int = 1
+    ) -> Batch:
         """global_rows: stored rows of the global step; the batch counts its negatives too.
 
-        Rows that `hold_out` keeps for the dev loss get weight 0 (global_rows still counts them).
+        Rows that `hold_out` keeps for the dev loss get weight 0 (global_rows still counts them). draws: how often every
+        row comes, each time with another draw of its source behaviour.
         """
-        stored = _Stored(table)
+        stored = _Stored(table, draws)
         item, category, label = stored["item"], stored["category"], stored["label"]
-        batch = self._with_negatives(stored, item, category, label, "", epoch, global_rows)
+        batch = self._with_negatives(stored, item, category, label, "", epoch, global_rows * draws)
         if hold_out is not None and len(stored):
-            held, chosen = hold_out.of(stored["user"], stored.lists("target_candidates_item").lengths, epoch)
-            kept = ~(held & (stored["position"] == chosen))
+            held = hold_out.of(stored["user"], stored.lists("target_candidates_item").lengths, epoch)
+            kept = ~held.contains(stored["position"])
             batch.weight = torch.from_numpy(np.repeat(kept, self.expansion)).float()
         return batch
 
     def dev_of_same_users(
-        self, table: pa.Table, epoch: int, global_rows: int, hold_out: HoldOut | None = None
+        self, table: pa.Table, epoch: int, global_rows: int, hold_out: HoldOut | None = None, each: int = 1
     ) -> Batch:
-        """For every stored row another training behaviour of its user: any other, or the one held out.
+        """For every stored row `each` other training behaviours of its user: any others, or some of those held out.
 
-        Users without one have weight 0 (global_rows still counts them).
+        What a user has too few of has weight 0 (global_rows still counts it).
         """
-        stored = _Stored(table)
+        stored = _Stored(table, each)
         peers = stored.lists("target_candidates_item")
-        if hold_out is None:
-            chosen = integers(
-                mix(key("dev", self._seed), epoch, stored["example_id"]), np.maximum(peers.lengths - 1, 1)
-            )
+        bits = mix(key("dev", self._seed), epoch, stored["example_id"])
+        if hold_out is None:  # the others, in a circle that the row itself is left out of
+            count = np.where(stored["position"] >= 0, peers.lengths - 1, peers.lengths)
+            chosen = (integers(bits, np.maximum(count, 1)) + stored.copy) % np.maximum(count, 1)
             chosen += (stored["position"] >= 0) & (chosen >= stored["position"])
-            valid = peers.lengths > 1
-            chosen = np.where(valid, chosen, 0)
         else:
-            valid, chosen = hold_out.of(stored["user"], peers.lengths, epoch)
+            held = hold_out.of(stored["user"], peers.lengths, epoch)
+            count, chosen = held.count, held.one(bits, stored.copy)
+        valid = stored.copy < count
+        chosen = np.where(valid, chosen, 0)
         rows = np.arange(len(stored))
         item, category, label = (
             stored.lists(f"target_candidates_{part}").pick(rows, chosen) for part in ("item", "category", "label")
         )
-        batch = self._with_negatives(stored, item, category, label, "dev_", epoch, global_rows)
+        batch = self._with_negatives(stored, item, category, label, "dev_", epoch, global_rows * each)
         if len(stored):
             batch.weight = torch.from_numpy(np.repeat(valid, self.expansion)).float()
         return batch
@@ -246,17 +254,18 @@ class BatchBuilder:
         example = stored["example_id"][row]
         candidates = stored.lists("source_candidates_item")
         count = candidates.lengths[row]
-        index = integers(mix(key("pair", self._seed), epoch, example, j), np.maximum(count, 1))
+        draw = j + (k + 1) * stored.copy[row]
+        index = integers(mix(key("pair", self._seed), epoch, example, draw), np.maximum(count, 1))
         item = candidates.pick(row, index).astype(np.int64)
         category = stored.lists("source_candidates_category").pick(row, index).astype(np.int64)
         label = stored.lists("source_candidates_label").pick(row, index).astype(np.float64)
         valid = count > 0
         if self._sampled and k:
-            coin = uniform(mix(key("source_label", self._seed), epoch, example, j))
+            coin = uniform(mix(key("source_label", self._seed), epoch, example, draw))
             negative = np.flatnonzero(valid & (coin >= 1.0 / (1 + k)))
             item[negative] = draw_negatives(
                 key("source_negative", self._seed),
-                (epoch, example[negative], j[negative]),
+                (epoch, example[negative], draw[negative]),
                 row[negative],
                 candidates.owner,
                 candidates.values,
@@ -276,10 +285,14 @@ class _Pair:
 
 
 class _Stored:
-    """Columns of stored rows as numpy arrays and lists, converted once."""
+    """Columns of stored rows as numpy arrays and lists, converted once; all of them `copies` times, one after the other.
 
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table
+    copy: [n], the number of the row's copy.
+    """
+
+    def __init__(self, table: pa.Table, copies: int = 1) -> None:
+        self._table = pa.concat_tables([table] * copies)
+        self.copy = np.repeat(np.arange(copies), table.num_rows)
         self._lists: dict[str, Lists] = {}
 
     def __len__(self) -> int:

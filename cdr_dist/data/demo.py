@@ -25,7 +25,7 @@ DEMO = "demo"
 FOLDER = "runs/demo-data"
 """Relative to the current directory, as run folders are."""
 SHAPE_FILE = "planted.json"
-GENERATOR = 2
+GENERATOR = 3
 """Goes up when the same shape makes other logs."""
 
 

@@ -8,22 +8,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from cdr_dist.data.lanes import Order, Window, lanes_of
+from cdr_dist.data.options import StreamOptions
 from cdr_dist.data.shards import ShardReader
 from cdr_dist.errors import UserError
-
-
-@dataclass
-class StreamOptions:
-    """The order of training rows; part of what makes a run repeatable."""
-
-    lanes: int = 8
-    """The most workers a stream can serve; the order depends on it, not on the number of workers."""
-    window: int = 4
-    """Row groups that a lane shuffles together (20,000 rows each)."""
-
-    def __post_init__(self) -> None:
-        if self.lanes < 1 or self.window < 1:
-            raise UserError(f"stream.lanes={self.lanes}, stream.window={self.window}: must be at least 1")
 
 
 @dataclass(frozen=True, order=True)

@@ -1,9 +1,10 @@
 """Synthetic logs of two domains with planted truth: which source categories help, and which mislead.
 
-A user has a *taste* that rules the target domain, and other tastes that have nothing to do with it. Whether the user
-likes an item follows from the taste that rules the item's category: the user's own taste in the target and in *helpful*
-source categories, another one in *harmful* categories, none in *neutral* ones (likes are coin flips). One embedding of
-the user has to serve all of them, so what the harmful and neutral categories teach it is lost to the target.
+A user has *own tastes* that rule the target domain, and *other tastes* that have nothing to do with it; each a yes or
+a no. Whether the user likes an item follows from the taste that rules the item's category: one of the own tastes in
+the target and in *helpful* source categories, one of the others in *harmful* categories, none in *neutral* ones (likes
+are coin flips). One embedding of the user has to serve all of them, so what the harmful and neutral categories teach it
+is lost to the target.
 """
 
 from __future__ import annotations
@@ -25,31 +26,34 @@ class Planted:
     `Planted(neutral=0, harmful=0)` is a source that only helps, `Planted(helpful=0)` one that never does.
     """
 
-    users: int = 6000
-    other_tastes: int = 2
-    """Tastes of a user that the target knows nothing of; the harmful categories are split among them."""
-    target_behaviours: int = 4
-    """Per user; the last two are validation and test. Few, so that the target alone leaves the taste uncertain."""
-    source_behaviours: int = 40
+    users: int = 4000
+    own_tastes: int = 4
+    """Tastes of a user that rule the target; its categories and the helpful ones are split among them."""
+    other_tastes: int = 12
+    """Tastes that the target knows nothing of; the harmful categories are split among them. With the own ones more than
+    a row of the tables has values, so that the tastes compete for them."""
+    target_behaviours: int = 10
+    """Per user; the last two are validation and test. Two a taste to train on: not enough to be certain."""
+    source_behaviours: int = 80
     """Per user, all before the target's."""
     target_categories: int = 8
-    target_items: int = 64
+    target_items: int = 8
     """Few, in both domains: the label depends on an item's category only, and rare items are merely memorised."""
-    source_items: int = 200
-    helpful: int = 6
-    """Source categories that follow the target's taste."""
+    source_items: int = 36
+    helpful: int = 8
+    """Source categories that follow the own tastes."""
     neutral: int = 4
     """Source categories whose likes are coin flips."""
-    harmful: int = 10
-    """Source categories that follow another taste; more than the helpful ones, so that joint training goes wrong."""
-    certainty: float = 0.75
+    harmful: int = 24
+    """Source categories that follow the other tastes; many more than the helpful ones: joint training suffers."""
+    certainty: float = 0.8
     """Probability that a target item is rated as the ruling taste says: high where liked, low where not."""
-    source_certainty: float = 0.95
+    source_certainty: float = 0.9
     """The same in the source: it tells more about the user than the target's own few behaviours do."""
     seed: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("users", "other_tastes", "source_behaviours", "target_categories"):
+        for name in ("users", "own_tastes", "other_tastes", "source_behaviours", "target_categories"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("helpful", "neutral", "harmful"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
@@ -83,12 +87,11 @@ class PlantedLogs:
 def planted_logs(shape: Planted) -> PlantedLogs:
     """A pure function of the shape and its seed."""
     random = np.random.default_rng(int(key("planted", shape.seed)))
-    own = random.random(shape.users) < 0.5
+    own = random.random((shape.own_tastes, shape.users)) < 0.5
     others = random.random((shape.other_tastes, shape.users)) < 0.5
     coin_flips = np.zeros(shape.users, dtype=bool)
-    of_harmful = [others[number % shape.other_tastes] for number in range(shape.harmful)]
-    source_likes = [own] * shape.helpful + [coin_flips] * shape.neutral + of_harmful
-    target_likes = [own] * shape.target_categories
+    source_likes = [*_split(own, shape.helpful), *[coin_flips] * shape.neutral, *_split(others, shape.harmful)]
+    target_likes = _split(own, shape.target_categories)
     certainty = [0.5 if kind == "neutral" else shape.source_certainty for kind in shape.kinds]
     source = _log(random, "s", source_likes, certainty, shape.source_behaviours, shape.source_items, first_time=0)
     certainty = [shape.certainty] * shape.target_categories
@@ -96,6 +99,11 @@ def planted_logs(shape: Planted) -> PlantedLogs:
     target = _log(random, "t", target_likes, certainty, shape.target_behaviours, shape.target_items, first_time=after)
     truth = pl.DataFrame({"category": [f"s{c:02d}" for c in range(len(shape.kinds))], "kind": shape.kinds})
     return PlantedLogs(source, target, truth)
+
+
+def _split(tastes: NDArray[np.bool_], categories: int) -> list[NDArray[np.bool_]]:
+    """[tastes, users] -> one [users] a category, in turn."""
+    return [tastes[number % len(tastes)] for number in range(categories)]
 
 
 def _log(

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import Tensor, nn
 from torchrec.distributed import comm_ops
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
-from torchrec.distributed.types import ShardedTensor, ShardingEnv
+from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -26,11 +26,9 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cdr_dist.embeddings.initialisation import normal_rows
+from cdr_dist.embeddings.options import TableOptions, TableSpec
 from cdr_dist.embeddings.workers import world_size
-from cdr_dist.errors import UserError, nearest
-
-_ROWS_MULTIPLE = 64
-"""A row-wise shard without rows crashes the lookup: 64 rows more than suffice for 64 workers."""
+from cdr_dist.errors import UserError
 
 _OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
@@ -38,38 +36,6 @@ _OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
 }
-
-
-@dataclass
-class TableOptions:
-    """How the tables are stored and trained."""
-
-    width: int = 12
-    """Values per row; FBGEMM needs a multiple of 4."""
-    lr: float = 0.05
-    optimiser: str = "rowwise_adagrad"
-    """rowwise_adagrad (one statistic a row), adagrad, sgd; adam on CUDA only."""
-    init_std: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.width <= 0 or self.width % 4:
-            raise UserError(f"tables.width={self.width}: must be a positive multiple of 4")
-        if self.optimiser not in _OPTIMISERS:
-            raise UserError(f"tables.optimiser={self.optimiser}: {nearest(self.optimiser, list(_OPTIMISERS))}")
-
-
-@dataclass(frozen=True)
-class TableSpec:
-    """One table: `rows` ids 0..rows-1, of which 0 is padding (reads as zeros, never trains)."""
-
-    name: str
-    rows: int
-    width: int
-    init_std: float
-
-    @property
-    def padded_rows(self) -> int:
-        return -(-self.rows // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
 
 
 class _Holder(nn.Module):
@@ -167,12 +133,18 @@ def _shard(specs: list[TableSpec], options: TableOptions, device: torch.device) 
         device=torch.device("meta"),
     )
     # A dictionary of its own for each call: apply_optimizer_in_backward changes it.
-    apply_optimizer_in_backward(_OPTIMISERS[options.optimiser], collection.parameters(), {"lr": options.lr})
+    apply_optimizer_in_backward(_OPTIMISERS[options.optimiser], collection.parameters(), _fused(options))
     sharder = EmbeddingCollectionSharder()
     plan = plan_tables(_Holder(collection), [s.name for s in specs], world_size(), device)
     module_plan = plan.plan["tables"]
     group = dist.group.WORLD
     return sharder.shard(collection, module_plan, ShardingEnv.from_process_group(group), device=device)
+
+
+def _fused(options: TableOptions) -> dict[str, Any]:
+    """What the fused optimiser takes. FBGEMM ignores a weight decay that comes without its mode."""
+    decay = {"weight_decay": options.weight_decay, "weight_decay_mode": WeightDecayMode.DECOUPLE}
+    return {"lr": options.lr} | (decay if options.weight_decay else {})
 
 
 def plan_tables(holder: nn.Module, names: list[str], workers: int, device: torch.device) -> Any:
@@ -186,6 +158,3 @@ def plan_tables(holder: nn.Module, names: list[str], workers: int, device: torch
     except PlannerError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the tables do not fit on {workers} workers: {reason}") from error
-
-
-__all__ = ["ShardedTables", "ShardedTensor", "TableOptions", "TableSpec"]

@@ -23,11 +23,10 @@ import torch.distributed.checkpoint as dcp
 
 from cdr_dist.data.stream import Place
 from cdr_dist.errors import UserError
+from cdr_dist.training.run_folder import COMPLETE, complete
 
 if TYPE_CHECKING:
     from cdr_dist.training.session import Session
-
-COMPLETE = "COMPLETE"
 
 
 @dataclass
@@ -151,15 +150,6 @@ def read_progress(path: Path) -> Progress:
         return Progress.from_json((path / "place.json").read_text())
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise _damaged(path, error) from error
-
-
-def complete(folder: Path) -> list[Path]:
-    return [p for p in folder.glob("step-*") if (p / COMPLETE).exists()]
-
-
-def steps_done(folder: Path) -> int:
-    """Of the newest complete checkpoint; 0 where there is none."""
-    return max((int(path.name.removeprefix("step-")) for path in complete(folder)), default=0)
 
 
 def dense_state(session: Session) -> dict[str, Any]:

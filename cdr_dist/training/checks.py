@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import psutil
 import torch
+from hydra.utils import instantiate
 
 from cdr_dist.configuration import TrainConfig
 from cdr_dist.data.dataset import Manifest, read_manifest
+from cdr_dist.embeddings.options import TableSpec
 from cdr_dist.errors import UserError
-from cdr_dist.training.session import build_model, check_dataset, table_specs
-from cdr_dist.training.worker import phases_of
 
 METRICS = ("auc", "gauc", "logloss")
 RANKING = re.compile(r"(?:hr|ndcg|mrr)@(\d+)")
@@ -27,10 +28,41 @@ def check_before_start(config: TrainConfig, folder: str) -> Manifest:
         raise UserError("trainer.device=cuda: this machine has no CUDA device")
     if config.tables.optimiser == "adam" and config.trainer.device == "cpu":
         raise UserError("tables.optimiser=adam: FBGEMM has no Adam on CPU; use rowwise_adagrad, adagrad or sgd")
-    if not phases_of(config):
+    if not config.recipe.phases:
         raise UserError(f"recipe={config.recipe.name}: has no phases")
     _check_memory(config, table_bytes(config, manifest))
     return manifest
+
+
+def build_model(config: TrainConfig) -> Any:
+    """The backbone named by model's `_target_`, with the tables' width and the recipe's variant."""
+    try:
+        return instantiate(config.model, width=config.tables.width, source=config.recipe.source)
+    except UserError:
+        raise
+    except Exception as error:  # Hydra wraps whatever the import or the constructor raised
+        cause = error.__cause__ or error
+        raise UserError(f"model: {str(cause).splitlines()[0]}") from error
+
+
+def table_specs(config: TrainConfig, manifest: Manifest, model: Any) -> list[TableSpec]:
+    o = config.tables
+    return [TableSpec(name, manifest.rows[name], o.width, o.init_std) for name in model.spec().tables]
+
+
+def check_dataset(config: TrainConfig, manifest: Manifest) -> None:
+    """What can be said about a dataset before anything is built."""
+    unknown = manifest.unknown.get("train", 0.0)
+    if unknown > config.trainer.max_unknown:
+        raise UserError(
+            f"{config.data}: {unknown:.1%} of the training rows have an unknown user or item, more than "
+            f"trainer.max_unknown={config.trainer.max_unknown}"
+        )
+    workers = max(config.trainer.workers, 1)
+    if workers > config.stream.lanes:
+        raise UserError(f"trainer.workers={workers} but stream.lanes={config.stream.lanes}: a worker needs a lane")
+    if not manifest.examples("train"):
+        raise UserError(f"{config.data}: no training rows")
 
 
 def table_bytes(config: TrainConfig, manifest: Manifest) -> int:

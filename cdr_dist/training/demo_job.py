@@ -11,7 +11,7 @@ from cdr_dist.configuration import from_words
 from cdr_dist.data.demo import dataset_of
 from cdr_dist.data.truth import KINDS
 from cdr_dist.evaluation.table import markdown
-from cdr_dist.training.launch import train
+from cdr_dist.training.launch import cluster, train
 
 RECIPES = ("joint", "biao")
 
@@ -19,15 +19,17 @@ RECIPES = ("joint", "biao")
 def demo_job(words: Sequence[str]) -> None:
     out = next((w.partition("=")[2] for w in words if w.startswith("out=")), "runs/demo")
     rest = [w for w in words if not w.startswith("out=")]
+    configs = {r: from_words(["data=demo", f"recipe={r}", *rest, f"run={out}/{r}"]) for r in RECIPES}
     rows, found = [], {}
-    for recipe in RECIPES:
-        config = from_words(["data=demo", f"recipe={recipe}", *rest, f"run={out}/{recipe}"])
-        start = time.perf_counter()
-        summary = train(config, dataset_of(config.data))
-        found[recipe] = summary
-        test = summary["metrics"]["test"]
-        seconds = f"{time.perf_counter() - start:.0f} s"
-        rows.append([recipe, f"{test['auc']:.4f}", f"{test['logloss']:.4f}", seconds, str(Path(config.run).absolute())])
+    with cluster(configs["biao"].trainer.workers):
+        for recipe, config in configs.items():
+            start = time.perf_counter()
+            summary = train(config, dataset_of(config.data))
+            found[recipe] = summary
+            test = summary["metrics"]["test"]
+            seconds = f"{time.perf_counter() - start:.0f} s"
+            run = str(Path(config.run).absolute())
+            rows.append([recipe, f"{test['auc']:.4f}", f"{test['logloss']:.4f}", seconds, run])
     print("\n" + markdown(["recipe", "test AUC", "logloss", "time", "run"], rows))
     print("\n" + what_the_weights_found(found["biao"]))
     print(f"\nCurves: tensorboard --logdir {out}      Your own data: see README.md")

@@ -12,11 +12,11 @@ from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.demo import dataset_of
 from cdr_dist.data.shards import verify
 from cdr_dist.errors import UserError, nearest
-from cdr_dist.training.checkpoint import Checkpoints, complete, read_progress
+from cdr_dist.training.checkpoint import Checkpoints, read_progress
 from cdr_dist.training.evaluate import evaluate
 from cdr_dist.training.launch import alone, quiet_libraries
 from cdr_dist.training.options import one_of
-from cdr_dist.training.run_folder import RunFolder
+from cdr_dist.training.run_folder import RunFolder, complete
 from cdr_dist.training.session import Session
 from cdr_dist.training.worker import phases_of
 

@@ -129,7 +129,7 @@ def report(experiment: Experiment, todo: Sequence[Plan], summaries: Sequence[dic
         parts = [result_table(summaries, metrics=metrics, against=against)]
     if against is not None and len(present) > 1:
         parts.append(_bootstrap_table(todo, against))
-    seconds = {}
+    seconds: dict[str, list[float]] = {}
     for plan, summary in zip(todo, summaries, strict=True):
         seconds.setdefault(plan.method, []).append(summary["throughput"]["train_s"] or 0.0)
     parts.append("Training seconds (mean): " + ", ".join(f"{m} {np.mean(s):.1f}" for m, s in seconds.items()))

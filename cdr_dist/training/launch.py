@@ -15,12 +15,10 @@ from typing import Any
 import torch.distributed as dist
 
 from cdr_dist.configuration import TrainConfig, from_yaml, to_yaml
-from cdr_dist.errors import Stopped, UserError
-from cdr_dist.training.checkpoint import steps_done
+from cdr_dist.errors import STOPPED, Stopped, UserError
 from cdr_dist.training.checks import check_before_start, most_steps
-from cdr_dist.training.run_folder import RunFolder
-from cdr_dist.training.tracking import Console
-from cdr_dist.training.worker import STOPPED, work
+from cdr_dist.training.console import Console
+from cdr_dist.training.run_folder import RunFolder, steps_done
 
 
 def train(config: TrainConfig, folder: str, quiet: bool = False) -> dict[str, Any]:
@@ -65,6 +63,8 @@ def alone() -> Iterator[None]:
 
 
 def _in_process(config: TrainConfig, folder: str, place: RunFolder) -> Any:
+    from cdr_dist.training.worker import work  # loads TorchRec, which a driver of Ray workers does not need
+
     before = signal.getsignal(signal.SIGTERM)
     try:
         with alone():
@@ -75,28 +75,25 @@ def _in_process(config: TrainConfig, folder: str, place: RunFolder) -> Any:
 
 def _on_ray(config: TrainConfig, folder: str, place: RunFolder) -> Any:
     """Starts again where workers were lost. Not left to Ray Train, which starts again on a user's mistake, too."""
-    import ray
     from ray.train import TrainingFailedError
 
     before = signal.getsignal(signal.SIGTERM)
     lost = 0
     try:
-        connect(config.trainer.workers)
-        signal.signal(signal.SIGTERM, lambda *_: place.ask_to_stop())  # Ray has set its own
-        while True:
-            try:
-                return _trainer(config, folder, place).fit().return_value
-            except TrainingFailedError as error:
-                mistake = users_mistake(error)
-                if mistake is not None:
-                    raise UserError(mistake) from error
-                if lost == config.trainer.max_failures:
-                    raise
-                lost += 1
-                print(_lost(error, lost, config.trainer.max_failures), file=sys.stderr, flush=True)
+        with cluster(config.trainer.workers):
+            signal.signal(signal.SIGTERM, lambda *_: place.ask_to_stop())  # Ray has set its own
+            while True:
+                try:
+                    return _trainer(config, folder, place).fit().return_value
+                except TrainingFailedError as error:
+                    mistake = users_mistake(error)
+                    if mistake is not None:
+                        raise UserError(mistake) from error
+                    if lost == config.trainer.max_failures:
+                        raise
+                    lost += 1
+                    print(_lost(error, lost, config.trainer.max_failures), file=sys.stderr, flush=True)
     finally:
-        if started_here():
-            ray.shutdown()
         signal.signal(signal.SIGTERM, before)
 
 
@@ -129,36 +126,35 @@ def _lost(error: Exception, lost: int, most: int) -> str:
 
 def ray_worker(given: dict[str, str]) -> Any:
     """What Ray Train calls on every worker."""
+    from cdr_dist.training.worker import work
+
     quiet_libraries()
     return work(from_yaml(given["config"]), given["folder"], given["run"])
 
 
-_ours = False
-
-
-def started_here() -> bool:
-    return _ours
-
-
-def connect(workers: int) -> None:
-    """Joins the cluster of RAY_ADDRESS, or starts a local one for this process."""
-    global _ours
+@contextmanager
+def cluster(workers: int) -> Iterator[None]:
+    """The cluster of RAY_ADDRESS, or a local one that ends with the block. Within such a block: that block's."""
     import ray
 
-    if ray.is_initialized():
+    if workers == 0 or ray.is_initialized():
+        yield
         return
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    _ours = True
-    ray.init(
-        address="local",
-        num_cpus=max(workers + 1, os.cpu_count() or 1),  # the controller takes a share, too
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    else:
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray.init(
+            address="local",
+            num_cpus=max(workers + 1, os.cpu_count() or 1),  # the controller takes a share, too
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def users_mistake(error: BaseException) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cdr_dist.data.batch import BatchOptions
+from cdr_dist.data.options import BatchOptions
 from cdr_dist.errors import UserError
 
 
@@ -76,8 +76,12 @@ class UpperOptions:
     users; rotating: the same, but behaviours that lower updates leave out for the time being."""
     rotate_epochs: int = 1
     """With dev=rotating: epochs of the lower stream after which the held-out behaviours change."""
-    hold_out: float = 0.3
-    """With dev=rotating: share of the users who have a behaviour held out at a time."""
+    hold_out: float = 0.2
+    """With dev=rotating: share of every user's training behaviours that is held out at a time (one is always left)."""
+    dev_behaviours: int = 2
+    """With dev=same_users or rotating: dev behaviours of the user for every row of the train batch."""
+    source_draws: int = 8
+    """How often an upper update takes its train batch, each time with other source behaviours of the same users."""
     dev_batch_size: int = 0
     """Rows of the dev batch; 0: as batch.size. Other orders than reordered follow the train batch."""
     dev_head: str = "extra"
@@ -88,8 +92,11 @@ class UpperOptions:
     head_lr: float = 1e-2
     gamma0: float = 1.0
     """Coefficient of the source loss in `joint`, and what other weightings of that kind scale by."""
-    optimiser: str = "adam"
-    lr: float = 2e-2
+    optimiser: str = "adagrad_norm"
+    """adagrad_norm (one step size for the whole perceptron, falling), adam or sgd."""
+    lr: float = 0.1
+    gamma_lr: float | None = 0.0
+    """Rate of gamma, the sum of a batch's weights; 0 keeps that of joint training, null means lr."""
     weight_decay: float = 0.0
     decay_gamma: bool = False
     """Whether weight decay touches gamma (as released, where relu(gamma) then shrinks to 0 and stays)."""
@@ -99,13 +106,14 @@ class UpperOptions:
     def __post_init__(self) -> None:
         one_of("upper.dev", self.dev, ("reordered", "same_users", "rotating"))
         one_of("upper.dev_head", self.dev_head, ("extra", "own"))
-        one_of("upper.optimiser", self.optimiser, ("sgd", "adam"))
-        if not 0 < self.hold_out <= 1:
-            raise UserError(f"upper.hold_out={self.hold_out}: a share of users, above 0 and at most 1")
+        one_of("upper.optimiser", self.optimiser, ("adagrad_norm", "adam", "sgd"))
+        if not 0 < self.hold_out < 1:
+            raise UserError(f"upper.hold_out={self.hold_out}: a share of behaviours, above 0 and below 1")
         if self.rotate_epochs < 1:
             raise UserError(f"upper.rotate_epochs={self.rotate_epochs}: must be at least 1")
-        if self.interval < 1:
-            raise UserError(f"upper.interval={self.interval}: must be at least 1")
+        for name in ("interval", "dev_behaviours", "source_draws"):
+            if getattr(self, name) < 1:
+                raise UserError(f"upper.{name}={getattr(self, name)}: must be at least 1")
         if self.head_refresh != "lower" and not (
             self.head_refresh.startswith("dev:") and self.head_refresh[4:].isdigit()
         ):

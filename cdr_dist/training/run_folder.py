@@ -25,6 +25,8 @@ FREE = ("trainer.workers", "trainer.max_steps", "trainer.log_every", "trainer.ch
 FREE_TOO = ("trainer.max_failures", "trainer.verify")
 SCORES = "scores_test.parquet"
 """Every row of the test split as the best checkpoint scores it: user, example, label, score."""
+COMPLETE = "COMPLETE"
+"""The file that a checkpoint ends with."""
 _PACKAGES = ("torch", "torchrec", "ray", "pyarrow", "numpy", "polars", "hydra-core")
 
 
@@ -150,3 +152,13 @@ def _plain(value: Any) -> Any:
 def versions() -> dict[str, str]:
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **found}
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints in a run's `checkpoints` that were written to their end."""
+    return [p for p in folder.glob("step-*") if (p / COMPLETE).exists()]
+
+
+def steps_done(folder: Path) -> int:
+    """Of the newest complete checkpoint; 0 where there is none."""
+    return max((int(path.name.removeprefix("step-")) for path in complete(folder)), default=0)

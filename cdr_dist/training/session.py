@@ -6,22 +6,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from torch import nn
 
+from cdr_dist.bilevel.optimiser import AdaGradNorm
 from cdr_dist.bilevel.perceptron import BehaviouralPerceptron
 from cdr_dist.configuration import TrainConfig
 from cdr_dist.data.batch import Batch, BatchBuilder, HoldOut
-from cdr_dist.data.dataset import Manifest, read_manifest
+from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.feed import Feed
 from cdr_dist.data.lanes import lanes_of
 from cdr_dist.data.shards import ShardReader
 from cdr_dist.data.stream import Rows, Stream
 from cdr_dist.embeddings.initialisation import initialise_dense
-from cdr_dist.embeddings.tables import ShardedTables, TableSpec
+from cdr_dist.embeddings.tables import ShardedTables
 from cdr_dist.embeddings.workers import rank, world_size
 from cdr_dist.errors import UserError
+from cdr_dist.training.checks import build_model, check_dataset, table_specs
 from cdr_dist.training.dense import DenseStep
+
+_UPPER: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adagrad_norm": AdaGradNorm}
 
 
 class Session:
@@ -113,39 +116,11 @@ class Session:
             decay = upper.weight_decay
             groups = [
                 {"params": list(named.values()), "weight_decay": decay},
-                {"params": gamma, "weight_decay": decay if upper.decay_gamma else 0.0},
+                {
+                    "params": gamma,
+                    "lr": upper.lr if upper.gamma_lr is None else upper.gamma_lr,
+                    "weight_decay": decay if upper.decay_gamma else 0.0,
+                },
             ]
-            kind = torch.optim.SGD if upper.optimiser == "sgd" else torch.optim.Adam
-            found["perceptron"] = kind(groups, lr=upper.lr)
+            found["perceptron"] = _UPPER[upper.optimiser](groups, lr=upper.lr)
         return found
-
-
-def build_model(config: TrainConfig) -> Any:
-    """The backbone named by model's `_target_`, with the tables' width and the recipe's variant."""
-    try:
-        return instantiate(config.model, width=config.tables.width, source=config.recipe.source)
-    except UserError:
-        raise
-    except Exception as error:  # Hydra wraps whatever the import or the constructor raised
-        cause = error.__cause__ or error
-        raise UserError(f"model: {str(cause).splitlines()[0]}") from error
-
-
-def table_specs(config: TrainConfig, manifest: Manifest, model: Any) -> list[TableSpec]:
-    o = config.tables
-    return [TableSpec(name, manifest.rows[name], o.width, o.init_std) for name in model.spec().tables]
-
-
-def check_dataset(config: TrainConfig, manifest: Manifest) -> None:
-    """What can be said about a dataset before anything is built."""
-    unknown = manifest.unknown.get("train", 0.0)
-    if unknown > config.trainer.max_unknown:
-        raise UserError(
-            f"{config.data}: {unknown:.1%} of the training rows have an unknown user or item, more than "
-            f"trainer.max_unknown={config.trainer.max_unknown}"
-        )
-    workers = max(config.trainer.workers, 1)
-    if workers > config.stream.lanes:
-        raise UserError(f"trainer.workers={workers} but stream.lanes={config.stream.lanes}: a worker needs a lane")
-    if not manifest.examples("train"):
-        raise UserError(f"{config.data}: no training rows")

@@ -40,7 +40,7 @@ class Upper:
             return {}
         if self._refresh:
             self._refresh_head()
-        train = counted(s.lower.peek().batch) if s.hold_out else s.lower.peek().batch
+        train = self._train_batch()
         dev = self._dev_batch()
         found = hypergradient(s.model, self._perceptron, s.dev_head, s.tables, train, dev, options)
         s.passes["upper"] += options.passes
@@ -65,13 +65,24 @@ class Upper:
         optimiser.zero_grad(set_to_none=True)
         return norm
 
+    def _train_batch(self) -> Batch:
+        s = self._session
+        fed, draws = s.lower.peek(), s.config.upper.source_draws
+        if draws == 1:
+            return counted(fed.batch) if s.hold_out else fed.batch
+        rows = fed.batch.global_rows // s.builder.expansion
+        batch = s.builder.train(fed.table, fed.place.epoch, rows, s.hold_out, draws).to(s.device)
+        return counted(batch) if s.hold_out else batch
+
     def _dev_batch(self) -> Batch:
         s = self._session
         if s.config.upper.dev == "reordered":
             return s.dev.next().batch
         fed = s.lower.peek()
         rows = fed.batch.global_rows // s.builder.expansion
-        return counted(s.builder.dev_of_same_users(fed.table, fed.place.epoch, rows, s.hold_out).to(s.device))
+        each = s.config.upper.dev_behaviours
+        batch = s.builder.dev_of_same_users(fed.table, fed.place.epoch, rows, s.hold_out, each)
+        return counted(batch.to(s.device))
 
     def _refresh_head(self) -> None:
         """The released way: the extra head learns on the first batches of the dev stream, always the same ones."""

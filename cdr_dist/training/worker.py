@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.utils import instantiate
 
 from cdr_dist.configuration import TrainConfig
 from cdr_dist.data.shards import verify
 from cdr_dist.embeddings.workers import rank, world_size
+from cdr_dist.errors import STOPPED
 from cdr_dist.training.checkpoint import Checkpoints
 from cdr_dist.training.digest import parameters_sha256
 from cdr_dist.training.evaluate import evaluate
@@ -22,9 +24,6 @@ from cdr_dist.training.loop import Loop, Phase
 from cdr_dist.training.run_folder import SCORES, RunFolder
 from cdr_dist.training.session import Session
 from cdr_dist.training.tracking import Recorder, Silent
-
-STOPPED = "stopped"
-"""What a worker returns in place of a summary when it was told to stop."""
 
 
 def work(
@@ -127,7 +126,7 @@ def _summary(
     if weights is not None:
         weights.write_parquet(place.path / "weights.parquet")
         summary["weights"] = {
-            "mean": float((weights["weight"] * weights["behaviours"]).sum() / weights["behaviours"].sum()),
+            "mean": float(np.average(weights["weight"], weights=weights["behaviours"])),
             "truth": against_truth(session, weights),
         }
     place.write_summary(summary)

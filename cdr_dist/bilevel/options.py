@@ -1,0 +1,65 @@
+"""Options of the bi-level core; apart from it, because a driver reads them without loading TorchRec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cdr_dist.errors import UserError
+
+ALL_TABLES = "tables"
+DENSE = "dense"
+
+
+@dataclass
+class PerceptronOptions:
+    """Shape of the perceptron; the released code's is preset=as_released."""
+
+    heads: int = 4
+    global_hidden: list[int] = field(default_factory=list)
+    """Hidden layers of eq. 3; none: a single linear layer, as released."""
+    local_hidden: list[int] = field(default_factory=lambda: [32, 16])
+    """Hidden layers of eq. 7."""
+    gamma: str = "softplus"
+    """softplus, or relu as released (which cannot recover from 0)."""
+    gamma_initial: float = 1.0
+    padding: int | None = None
+    """None: padding is masked. N: histories are filled up to N and padding takes attention mass, as released."""
+    item_gradient: bool = False
+    """As released: the item that enters the global part is not detached."""
+
+    def __post_init__(self) -> None:
+        if self.gamma not in ("softplus", "relu"):
+            raise UserError(f"perceptron.gamma={self.gamma}: choose softplus or relu")
+        if self.gamma_initial <= 0:
+            raise UserError(f"perceptron.gamma_initial={self.gamma_initial}: must be positive")
+
+
+@dataclass
+class HypergradientOptions:
+    """How eq. 14 is approximated."""
+
+    terms: int = 0
+    """K of the Neumann series; 0 is the one-step gradient."""
+    alpha: float = 1.0
+    """Step of the series (released: convlr = 1)."""
+    mode: str = "exact"
+    """exact: products are summed over workers; local: each worker its own series, one reduction at the end."""
+    theta: list[str] = field(default_factory=lambda: ["user"])
+    """What the lower level is taken to optimise: 'dense', 'tables' (all) or names of tables, such as 'user'."""
+    precondition: str = "none"
+    """none: one alpha for all; block: rows and dense layers each scaled by the inverse of their curvature."""
+
+    @property
+    def passes(self) -> int:
+        """Backward passes of one hypergradient: dev gradient, train gradient with graph, K products, mixed."""
+        return self.terms + 3 + (self.precondition == "block")
+
+    def __post_init__(self) -> None:
+        if self.terms < 0:
+            raise UserError(f"hypergradient.terms={self.terms}: must not be negative")
+        if self.mode not in ("exact", "local"):
+            raise UserError(f"hypergradient.mode={self.mode}: choose exact or local")
+        if self.precondition not in ("none", "block"):
+            raise UserError(f"hypergradient.precondition={self.precondition}: choose none or block")
+        if not self.theta:
+            raise UserError("hypergradient.theta: name at least one of dense, tables or a table")

@@ -1,0 +1,37 @@
+"""Options of reading training data; apart from it, because a driver reads them without loading TorchRec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cdr_dist.errors import UserError
+
+
+@dataclass
+class StreamOptions:
+    """The order of training rows; part of what makes a run repeatable."""
+
+    lanes: int = 8
+    """The most workers a stream can serve; the order depends on it, not on the number of workers."""
+    window: int = 4
+    """Row groups that a lane shuffles together (20,000 rows each)."""
+
+    def __post_init__(self) -> None:
+        if self.lanes < 1 or self.window < 1:
+            raise UserError(f"stream.lanes={self.lanes}, stream.window={self.window}: must be at least 1")
+
+
+@dataclass
+class BatchOptions:
+    """What a batch is made of."""
+
+    negatives: int = 1
+    """Training negatives of each positive (labels by sampled negatives)."""
+    history_length: int = 20
+    """N: the most recent behaviours of a domain that the perceptron sees (the paper: 20 for MiNet, 50 for CoNet)."""
+
+    def __post_init__(self) -> None:
+        if self.negatives < 1:
+            raise UserError(f"batch.negatives={self.negatives}: at least one negative a positive is needed")
+        if self.history_length < 1:
+            raise UserError(f"batch.history_length={self.history_length}: must be at least 1")

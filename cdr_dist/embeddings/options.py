@@ -1,0 +1,49 @@
+"""Options and shapes of embedding tables; apart from them, because a driver reads these without loading TorchRec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cdr_dist.errors import UserError, nearest
+
+OPTIMISERS = ("rowwise_adagrad", "adagrad", "sgd", "adam")
+_ROWS_MULTIPLE = 64
+"""A row-wise shard without rows crashes the lookup: 64 rows more than suffice for 64 workers."""
+
+
+@dataclass
+class TableOptions:
+    """How the tables are stored and trained."""
+
+    width: int = 12
+    """Values per row; FBGEMM needs a multiple of 4."""
+    lr: float = 0.1
+    optimiser: str = "rowwise_adagrad"
+    """rowwise_adagrad (one statistic a row), adagrad, sgd; adam on CUDA only."""
+    init_std: float = 0.1
+    weight_decay: float = 0.0
+    """Rowwise_adagrad only: a row loses lr x weight_decay of itself whenever it is trained (decoupled)."""
+
+    def __post_init__(self) -> None:
+        if self.width <= 0 or self.width % 4:
+            raise UserError(f"tables.width={self.width}: must be a positive multiple of 4")
+        if self.optimiser not in OPTIMISERS:
+            raise UserError(f"tables.optimiser={self.optimiser}: {nearest(self.optimiser, list(OPTIMISERS))}")
+        if self.weight_decay < 0:
+            raise UserError(f"tables.weight_decay={self.weight_decay}: must not be negative")
+        if self.weight_decay and self.optimiser != "rowwise_adagrad":
+            raise UserError(f"tables.weight_decay: FBGEMM has it for rowwise_adagrad only, not for {self.optimiser}")
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """One table: `rows` ids 0..rows-1, of which 0 is padding (reads as zeros, never trains)."""
+
+    name: str
+    rows: int
+    width: int
+    init_std: float
+
+    @property
+    def padded_rows(self) -> int:
+        return -(-self.rows // _ROWS_MULTIPLE) * _ROWS_MULTIPLE

@@ -1,0 +1,77 @@
+"""What the driver shows of a run while it trains."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+from tqdm import tqdm
+
+from cdr_dist.training.run_folder import RunFolder
+
+
+class Console:
+    """Follows metrics.jsonl in a thread: a progress bar on a terminal, plain lines elsewhere.
+
+    steps: the most there can be; done: those of an earlier start.
+    """
+
+    def __init__(self, folder: RunFolder, title: str, steps: int, done: int = 0, quiet: bool = False) -> None:
+        self._folder, self._title, self._quiet = folder, title, quiet
+        self._seen = sum(1 for _ in folder.lines())
+        self._growing = 0
+        self._done = threading.Event()
+        shown = sys.stderr.isatty() and not quiet
+        self._bar = tqdm(total=steps, initial=done, desc=title, unit="step") if shown else None
+        self._thread = threading.Thread(target=self._follow, daemon=True, name="cdr-console")
+
+    def __enter__(self) -> Console:
+        if not self._quiet:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if not self._quiet:
+            self._thread.join()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _follow(self) -> None:
+        while True:
+            last = self._done.wait(0.5)
+            lines = list(self._folder.lines())
+            self._seen = min(self._seen, len(lines))  # a resume drops lines
+            for line in lines[self._seen :]:
+                self._show(line)
+            self._seen = len(lines)
+            if last:
+                return
+
+    def _show(self, line: dict[str, Any]) -> None:
+        if "split" not in line:
+            return
+        values, step = line["values"], line["step"]
+        if line["split"] == "upper":
+            self._warn_of_growth(step, values)
+            return
+        keys = ("auc", "gauc", "logloss") if line["split"] == "valid" else ("target_loss", "source_loss")
+        text = "  ".join(f"{k} {values[k]:.4f}" for k in keys if values.get(k) is not None)
+        if self._bar is not None:
+            self._bar.n = step
+            self._bar.set_postfix_str(text)
+        if self._bar is None or line["split"] == "valid":
+            self._say(step, f"{line['split']}  {text}")
+
+    def _say(self, step: int, text: str) -> None:
+        text = f"{self._title}  step {step}  {text}"
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def _warn_of_growth(self, step: int, values: dict[str, float]) -> None:
+        self._growing = self._growing + 1 if values.get("series_grows") else 0
+        if self._growing == 5:
+            self._say(step, "the Neumann series grew in 5 upper updates in a row; lower hypergradient.alpha")
