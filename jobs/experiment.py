@@ -1,7 +1,7 @@
 """Runs methods x seeds and prints their table: mean, deviation, RelaImpr, paired tests.
 
     python jobs/experiment.py experiment=demo seeds=5 parallel=2
-    python jobs/experiment.py experiment=amazon14 seeds=5 data=runs/beauty-sports out=runs/beauty-sports-table
+    python jobs/experiment.py experiment=amazon14_search data=DATASET seeds=1
 
 experiment names a file of configs/experiment/. Options: experiment, methods (all; names with commas), seeds (5),
 first_seed (8), parallel (1: processes at a time), out; any other key=value goes to every run, as in jobs/train.py.

@@ -21,7 +21,8 @@ class PerceptronOptions:
     """Hidden layers of eq. 7."""
     gamma: str = "softplus"
     """softplus, or relu as released (which cannot recover from 0)."""
-    gamma_initial: float = 1.0
+    gamma_initial: float | None = None
+    """Where gamma starts; null: at upper.gamma0, as in joint training."""
     padding: int | None = None
     """None: padding is masked. N: histories are filled up to N and padding takes attention mass, as released."""
     item_gradient: bool = False
@@ -30,7 +31,7 @@ class PerceptronOptions:
     def __post_init__(self) -> None:
         if self.gamma not in ("softplus", "relu"):
             raise UserError(f"perceptron.gamma={self.gamma}: choose softplus or relu")
-        if self.gamma_initial <= 0:
+        if self.gamma_initial is not None and self.gamma_initial <= 0:
             raise UserError(f"perceptron.gamma_initial={self.gamma_initial}: must be positive")
 
 

@@ -54,7 +54,7 @@ class BehaviouralPerceptron(nn.Module):
 
         With random signs of gamma_2 the product would pull gamma_1 up for one user and down for the next.
         """
-        start = torch.tensor(self.options.gamma_initial)
+        start = torch.tensor(1.0 if self.options.gamma_initial is None else self.options.gamma_initial)
         named = dict(self.named_parameters())
         first, last = f"global_mlp.{len(self.global_mlp) - 1}", f"local_mlp.{len(self.local_mlp) - 1}"
         return {

@@ -285,7 +285,7 @@ class _Pair:
 
 
 class _Stored:
-    """Columns of stored rows as numpy arrays and lists, converted once; all of them `copies` times, one after the other.
+    """Columns of stored rows as numpy arrays and lists, converted once, all of them `copies` times.
 
     copy: [n], the number of the row's copy.
     """

@@ -99,7 +99,7 @@ def run_all(todo: Sequence[Plan], parallel: int) -> list[dict[str, Any]]:
                 pool.shutdown(cancel_futures=True)
                 raise UserError(f"{plan.method} seed {plan.seed}: {error}") from error
             summaries[plan.method, plan.seed] = summary | {"recipe": plan.method}
-            bar.set_postfix_str(f"{plan.method} seed {plan.seed} AUC {summary['metrics']['test']['auc']:.4f}")
+            bar.set_postfix_str(f"{plan.method} seed {plan.seed} valid AUC {summary['metrics']['valid']['auc']:.4f}")
             bar.update()
     return [summaries[plan.method, plan.seed] for plan in todo]
 

@@ -76,7 +76,7 @@ class UpperOptions:
     users; rotating: the same, but behaviours that lower updates leave out for the time being."""
     rotate_epochs: int = 1
     """With dev=rotating: epochs of the lower stream after which the held-out behaviours change."""
-    hold_out: float = 0.2
+    hold_out: float = 0.1
     """With dev=rotating: share of every user's training behaviours that is held out at a time (one is always left)."""
     dev_behaviours: int = 2
     """With dev=same_users or rotating: dev behaviours of the user for every row of the train batch."""
@@ -91,7 +91,7 @@ class UpperOptions:
     batches of the dev stream before every upper update, as released (N = 100)."""
     head_lr: float = 1e-2
     gamma0: float = 1.0
-    """Coefficient of the source loss in `joint`, and what other weightings of that kind scale by."""
+    """Coefficient of the source loss in `joint`; a batch's weights sum to it, in `biao` at the start."""
     optimiser: str = "adagrad_norm"
     """adagrad_norm (one step size for the whole perceptron, falling), adam or sgd."""
     lr: float = 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,8 +97,10 @@ class Session:
         return self.builder.train(rows.table, rows.place.epoch, rows.global_rows, self.hold_out).to(self.device)
 
     def _perceptron(self) -> BehaviouralPerceptron:
-        perceptron = BehaviouralPerceptron(self.config.tables.width, self.config.perceptron)
-        return self._dense(perceptron, "perceptron")
+        options = self.config.perceptron
+        if options.gamma_initial is None:
+            options = dataclasses.replace(options, gamma_initial=self.config.upper.gamma0)
+        return self._dense(BehaviouralPerceptron(self.config.tables.width, options), "perceptron")
 
     def _dense(self, module: Any, name: str) -> Any:
         initialise_dense(module, self.config.seed, f"{name}.")
