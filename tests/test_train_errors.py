@@ -49,6 +49,11 @@ def mistake(job, given, *expected):
     return lines[0]
 
 
+def cycle(update):
+    """Words for a recipe of one's own with this update."""
+    return ["recipe=joint", f"recipe.phases=[{{name:p,cycle:[{{update:{{{update}}}}}]}}]"]
+
+
 OPTIONS = {
     "unknown option": (["trainer.max_stps=3"], "trainer.max_stps: unknown option; did you mean 'trainer.max_steps'?"),
     "unknown group": (["optimizer.lr=3"], "optimizer.lr: unknown option"),
@@ -67,6 +72,13 @@ OPTIONS = {
     "no such class": (["model._target_=cdr_dist.models.conet.CoNett"], "model: ", "CoNett"),
     "no such module": (["model._target_=cdr_dist.nothing.CoNet"], "model: ", "cdr_dist.nothing"),
     "a model's own option": (["model.hidden=[]"], "model: "),
+    "no such update": (cycle("_target_:cdr_dist.training.lower.Lowerr"), "recipe=joint, phase p: ", "Lowerr"),
+    "an update without weighting": (
+        cycle("_target_:cdr_dist.training.lower.Lower"),
+        "recipe=joint, phase p: ",
+        "weighting",
+    ),
+    "an update without a name": (cycle("weighting:1"), "recipe=joint, phase p: needs a _target_"),
     "more workers than lanes": (["trainer.workers=9"], "trainer.workers=9 but stream.lanes=8"),
     "Adam on CPU": (["tables.optimiser=adam"], "tables.optimiser=adam: FBGEMM has no Adam on CPU"),
 }

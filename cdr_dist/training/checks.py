@@ -36,13 +36,32 @@ def check_before_start(config: TrainConfig, folder: str) -> Manifest:
 
 def build_model(config: TrainConfig) -> Any:
     """The backbone named by model's `_target_`, with the tables' width and the recipe's variant."""
+    return _built("model", config.model, width=config.tables.width, source=config.recipe.source)
+
+
+def build_updates(config: TrainConfig) -> list[list[Any]]:
+    """Of each phase of the recipe the cycle, written out: an update that comes n times stands n times."""
+    return [
+        [
+            update
+            for spec in phase.cycle
+            for update in [_built(f"recipe={config.recipe.name}, phase {phase.name}", spec.update)] * spec.times
+        ]
+        for phase in config.recipe.phases
+    ]
+
+
+def _built(what: str, spec: Any, **more: Any) -> Any:
+    """What a `_target_` of the configuration names. UserError says what Hydra, the import or the constructor said."""
+    if not spec or "_target_" not in spec:
+        raise UserError(f"{what}: needs a _target_")
     try:
-        return instantiate(config.model, width=config.tables.width, source=config.recipe.source)
+        return instantiate(spec, **more)
     except UserError:
         raise
     except Exception as error:  # Hydra wraps whatever the import or the constructor raised
         cause = error.__cause__ or error
-        raise UserError(f"model: {str(cause).splitlines()[0]}") from error
+        raise UserError(f"{what}: {str(cause).splitlines()[0]}") from error
 
 
 def table_specs(config: TrainConfig, manifest: Manifest, model: Any) -> list[TableSpec]:

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 
 from cdr_dist.configuration import TrainConfig
 from cdr_dist.data.shards import verify
 from cdr_dist.embeddings.workers import rank, world_size
 from cdr_dist.errors import STOPPED
 from cdr_dist.training.checkpoint import Checkpoints
+from cdr_dist.training.checks import build_updates
 from cdr_dist.training.digest import parameters_sha256
 from cdr_dist.training.evaluate import evaluate
 from cdr_dist.training.learned_weights import against_truth, weights_by_category
@@ -60,11 +60,10 @@ def work(
 
 def phases_of(config: TrainConfig) -> list[Phase]:
     """The recipe's phases with their updates built and their cycles written out."""
-    found = []
-    for phase in config.recipe.phases:
-        cycle = [u for spec in phase.cycle for u in [instantiate(spec.update)] * spec.times]
-        found.append(Phase(phase.name, cycle, phase.epochs or config.trainer.epochs))
-    return found
+    return [
+        Phase(phase.name, cycle, phase.epochs or config.trainer.epochs)
+        for phase, cycle in zip(config.recipe.phases, build_updates(config), strict=True)
+    ]
 
 
 class StopWord:
