@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
 import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
@@ -103,7 +102,9 @@ def auc(labels: ArrayLike, scores: ArrayLike) -> float:
     pairs = positives * (len(positive) - positives)
     if not pairs:
         return float("nan")
-    rank_sum = float(scipy.stats.rankdata(np.asarray(scores, dtype=np.float64))[positive].sum())
+    _, value, ties = np.unique(np.asarray(scores, dtype=np.float64), return_inverse=True, return_counts=True)
+    mean_rank = np.cumsum(ties) - (ties - 1) / 2  # equal scores share the mean of their ranks
+    rank_sum = float(mean_rank[value[positive]].sum())
     return (rank_sum - positives * (positives + 1) / 2) / pairs
 
 

@@ -144,6 +144,7 @@ def cluster(workers: int) -> Iterator[None]:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one more process, for cloud nodes
         ray.init(
             address="local",
             num_cpus=max(workers + 1, os.cpu_count() or 1),  # the controller takes a share, too
