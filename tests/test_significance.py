@@ -133,6 +133,38 @@ def test_bootstrap_in_chunks_equals_bootstrap_at_once(monkeypatch):
     assert paired_bootstrap(*rows, resamples=100) == at_once
 
 
+def two_methods(number, seeds=5, users=150, between_seeds=1.0):
+    """Rows of users, and [seeds, rows] of two equally good methods whose trainings differ from seed to seed."""
+    random = np.random.default_rng(number)
+    user = np.arange(2 * users) // 2
+    label = random.integers(0, 2, len(user))
+    strength = 1 + between_seeds * random.uniform(-1, 1, size=(2, seeds, 1))
+    shared = random.normal(size=len(user))
+    a, b = strength * label + 0.5 * random.normal(size=(2, seeds, len(user))) + shared
+    return user, label, a, b
+
+
+def test_bootstrap_over_users_and_seeds_seldom_takes_seeds_for_a_gain():
+    """With the seeds taken as given, most of these intervals would leave 0 out."""
+    results = [paired_bootstrap(*two_methods(number), resamples=199, seed=number) for number in range(150)]
+    assert np.mean([result.low <= 0 <= result.high for result in results]) >= 0.85
+    widths = [result.high - result.low for result in results]
+    calm = [paired_bootstrap(*two_methods(n, between_seeds=0.0), resamples=199, seed=n) for n in range(20)]
+    assert np.mean([result.high - result.low for result in calm]) < 0.5 * np.mean(widths)
+
+
+def test_bootstrap_of_several_seeds_in_chunks_and_unequal_seeds(monkeypatch):
+    user, label, a, b = two_methods(7)
+    at_once = paired_bootstrap(user, label, a, b, resamples=100)
+    assert at_once.difference == pytest.approx(
+        np.mean([auc(label, x) - auc(label, y) for x, y in zip(a, b, strict=True)])
+    )
+    monkeypatch.setattr("cdr_dist.evaluation.significance.CHUNK_CELLS", 3 * len(user))
+    assert paired_bootstrap(user, label, a, b, resamples=100) == at_once
+    with pytest.raises(ValueError, match="same seeds, not 5 and 4"):
+        paired_bootstrap(user, label, a, b[:4])
+
+
 def test_bootstrap_of_equal_scorers_is_no_difference():
     user, label, a, _ = two_scorers(2)
     result = paired_bootstrap(user, label, a, a, resamples=50)

@@ -79,8 +79,10 @@ def paired_bootstrap(
 ) -> PairedDifference:
     """Whether scorer a beats scorer b on the same rows, users drawn with replacement; arguments are [rows].
 
-    Scores are [rows] or, of several seeds, [seeds, rows]: then the metric is the mean over seeds, and a draw of
-    users is the same for all. A user's rows are drawn together, since they are not independent. The interval is the
+    Scores are [rows] or, of several training seeds, [seeds, rows]: then the metric is the mean over seeds, and seeds
+    are drawn with replacement, too (the pigeonhole bootstrap, Owen, Annals of Applied Statistics 2007): the interval
+    is about other users *and* other seeds, since trainings differ by as much as methods do. A user's rows are drawn
+    together, as they are not independent, and all seeds see the same draw of users. The interval is the
     2.5th to 97.5th percentile of the difference; p is twice the smaller share of resamples on either side of 0, the
     observed data counted as one resample, so it is never below 2 / (resamples + 1). Resamples without both classes are
     left out. ValueError: columns of unequal length, or a score that is not finite.
@@ -91,21 +93,29 @@ def paired_bootstrap(
     if not len(user) == len(label) == a.shape[1] == b.shape[1]:
         lengths = f"{len(user)}, {len(label)}, {a.shape[1]} and {b.shape[1]}"
         raise ValueError(f"users, labels and both scores must be of the same rows, but have {lengths}")
+    if len(a) != len(b):
+        raise ValueError(f"both scorers need the same seeds, not {len(a)} and {len(b)}")
     if bad := int(np.count_nonzero(~np.isfinite(a)) + np.count_nonzero(~np.isfinite(b))):
         raise ValueError(f"{bad} scores are not finite")
     nan = float("nan")
     if not len(user):
         return PairedDifference(nan, nan, nan, nan, 0)
-    metric_a, metric_b = (_mean_of([metric(user, label, one) for one in scores]) for scores in (a, b))
-    count = int(user.max()) + 1
-    everyone = np.ones((1, count), np.int64)
-    observed = float((metric_a(everyone) - metric_b(everyone))[0])
+    by_seed = [(metric(user, label, one), metric(user, label, other)) for one, other in zip(a, b, strict=True)]
+    count, seeds = int(user.max()) + 1, len(by_seed)
+
+    def difference(drawn: Ints, drawn_seeds: Ints) -> Floats:
+        """Users drawn [R, users] and seeds drawn [R, seeds] -> [R]."""
+        each = np.stack([of_a(drawn) - of_b(drawn) for of_a, of_b in by_seed], axis=1)
+        return (each * drawn_seeds).sum(axis=1) / seeds
+
+    observed = float(difference(np.ones((1, count), np.int64), np.ones((1, seeds), np.int64))[0])
     random, chance = np.random.default_rng(seed), np.full(count, 1 / count)
+    drawn_seeds = np.random.default_rng([seed, 1]).multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
     chunk = max(1, CHUNK_CELLS // len(user))
     parts = []
     for start in range(0, resamples, chunk):
         drawn = random.multinomial(count, chance, size=min(chunk, resamples - start))
-        parts.append(metric_a(drawn) - metric_b(drawn))
+        parts.append(difference(drawn, drawn_seeds[start : start + len(drawn)]))
     differences = np.concatenate([*parts, np.empty(0)])
     differences = differences[~np.isnan(differences)]
     if not len(differences) or np.isnan(observed):
@@ -114,10 +124,6 @@ def paired_bootstrap(
     smaller = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
     p = min(1.0, 2 * (smaller + 1) / (len(differences) + 1))
     return PairedDifference(observed, float(low), float(high), float(p), len(differences))
-
-
-def _mean_of(metrics: list[Resampled]) -> Resampled:
-    return lambda drawn: np.mean([metric(drawn) for metric in metrics], axis=0)
 
 
 def paired_t(a: ArrayLike, b: ArrayLike) -> PairedDifference:

@@ -117,7 +117,7 @@ def run_one(words: list[str]) -> dict[str, Any]:
 
 
 def report(experiment: Experiment, todo: Sequence[Plan], summaries: Sequence[dict[str, Any]]) -> str:
-    """The table over seeds, and the paired bootstrap over users of each method against `against`."""
+    """The table over seeds, and the paired bootstrap of each method against `against`."""
     if experiment.grid:
         return _search_table(todo, summaries)
     present = {plan.method for plan in todo}
@@ -158,7 +158,7 @@ def _bootstrap_table(todo: Sequence[Plan], against: str) -> str:
         mine = _scores(runs)
         found = paired_bootstrap(base["user"], base["label"], mine["score"], base["score"])
         rows.append([method, f"{found.difference:+.4f}", f"{found.low:+.4f} … {found.high:+.4f}", f"{found.p:.3f}"])
-    title = f"Test AUC minus that of {against}, mean over seeds; paired bootstrap over users:\n"
+    title = f"Test AUC minus that of {against}, mean over seeds; paired bootstrap over users and seeds:\n"
     return title + markdown(["method", "difference", "95% interval", "p"], rows)
 
 
