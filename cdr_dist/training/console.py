@@ -19,7 +19,7 @@ class Console:
 
     def __init__(self, folder: RunFolder, title: str, steps: int, done: int = 0, quiet: bool = False) -> None:
         self._folder, self._title, self._quiet = folder, title, quiet
-        self._seen = sum(1 for _ in folder.lines())
+        _, self._seen = folder.lines_after(0)
         self._growing = 0
         self._done = threading.Event()
         shown = sys.stderr.isatty() and not quiet
@@ -41,11 +41,9 @@ class Console:
     def _follow(self) -> None:
         while True:
             last = self._done.wait(0.5)
-            lines = list(self._folder.lines())
-            self._seen = min(self._seen, len(lines))  # a resume drops lines
-            for line in lines[self._seen :]:
+            lines, self._seen = self._folder.lines_after(self._seen)
+            for line in lines:
                 self._show(line)
-            self._seen = len(lines)
             if last:
                 return
 

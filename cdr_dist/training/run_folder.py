@@ -12,7 +12,6 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ class RunFolder:
 
     def discard_unless_begun(self) -> None:
         """Removes a folder that holds no measurement and no checkpoint: a mended command may then use it."""
-        if not any(self.lines()) and not any(self.checkpoints.glob("*")):
+        if not self.lines() and not any(self.checkpoints.glob("*")):
             shutil.rmtree(self.path, ignore_errors=True)
 
     def check(self, config: TrainConfig) -> None:
@@ -99,14 +98,21 @@ class RunFolder:
         kept = [line for line in self.lines() if line["step"] + (line["split"] == "upper") <= step]
         self._write(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def lines(self) -> Iterator[dict[str, Any]]:
+    def lines(self) -> list[dict[str, Any]]:
+        return self.lines_after(0)[0]
+
+    def lines_after(self, offset: int) -> tuple[list[dict[str, Any]], int]:
+        """The whole lines from byte `offset` on, and the offset to go on from.
+
+        A resume may have cut the file since: then nothing, and its end.
+        """
         if not self._metrics.exists():
-            return
-        for line in self._metrics.read_text().splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:  # the last line of a killed run
-                continue
+            return [], 0
+        with self._metrics.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(min(offset, size))
+            found, end, _ = file.read().rpartition(b"\n")  # the rest is being written, or of a killed run
+        return [json.loads(line) for line in found.splitlines()], min(offset, size) + len(found) + len(end)
 
     def ask_to_stop(self) -> None:
         self._stop.touch()
