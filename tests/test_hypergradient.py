@@ -106,6 +106,28 @@ def dev_rows_not_aligned(call):
 MUTATIONS = {f.__name__: f for f in (exchange_left_out, normaliser_detached, dev_rows_not_aligned)}
 
 
+def by_the_chain_rule(rank, shape):
+    """The hypergradient, and what the behaviours' own parts give: sum_j (d L_dev / d w_j) (d w_j / d phi)."""
+    problem = make(**shape)
+    tables = sharded(problem)
+    model, perceptron, head = modules(problem)
+    train, dev = (part_of(b, 0, 1) for b in problem.batches[:2])
+    options = HypergradientOptions(theta=["dense", "tables"], terms=1)
+    found = hypergradient(model, perceptron, head, tables, train, dev, options)
+    features = model.spec().features
+    embedded = ResidentRows(train.train, features).read(tables, torch.float64).embedded()
+    seen = perceptron_input(tables, train.read, embedded, item_gradient=False)
+    weights = normalised(perceptron(seen), train.source_valid, perceptron.gamma)
+    named = dict(perceptron.named_parameters())
+    through = torch.autograd.grad((found.by_behaviour * weights).sum(), list(named.values()))
+    return found.phi, dict(zip(named, through, strict=True))
+
+
+def test_the_behaviours_own_parts_make_up_the_hypergradient():
+    (given,) = on_workers(1, by_the_chain_rule, SHAPE)
+    assert largest_difference(*given) < 1e-12
+
+
 @pytest.mark.parametrize("terms", [0, 1, 3, 10])
 def test_rows_equal_dense_tables(terms):
     phi, norms, _ = one(SHAPE, terms, alpha=0.5)

@@ -32,10 +32,15 @@ from cdr_dist.models.protocol import Backbone, Labels, Output, cross_entropy
 
 @dataclass(frozen=True)
 class Hypergradient:
-    """phi: parameter name -> gradient, equal on all workers. norms: |v_n| of the series, n = 0 .. terms."""
+    """phi: parameter name -> gradient, equal on all workers. norms: |v_n| of the series, n = 0 .. terms.
+
+    by_behaviour [B] of this worker: d L_dev / d w_j after the lower level's reaction, negative where behaviour j helps;
+    0 where there is none; None with `item_gradient`, where weights have no part of their own.
+    """
 
     phi: dict[str, Tensor]
     norms: Tensor
+    by_behaviour: Tensor | None
 
 
 def hypergradient(
@@ -62,7 +67,8 @@ def hypergradient(
         options.terms,
         problem.norm,
     )
-    return Hypergradient(problem.mixed(total), torch.stack(norms))
+    phi, by_behaviour = problem.mixed(total)
+    return Hypergradient(phi, torch.stack(norms), by_behaviour)
 
 
 class _Problem:
@@ -135,9 +141,10 @@ class _Problem:
         )
         return self._summed(product)
 
-    def mixed(self, vector: Sequence[Tensor]) -> dict[str, Tensor]:
-        """-grad_phi (vector . grad_theta L_train), equal on all workers."""
+    def mixed(self, vector: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """-grad_phi (vector . grad_theta L_train), equal on all workers; and the same by the weights [B]."""
         names, phi = zip(*self._perceptron.named_parameters(), strict=True)
+        slope = None
         if self._perceptron.options.item_gradient:
             along = torch.stack([(g * v).sum() for g, v in zip(self._gradient, vector, strict=True)]).sum()
         else:
@@ -145,7 +152,8 @@ class _Problem:
             (slope,) = torch.autograd.grad(self._gradient, [self._leaf], grad_outputs=list(vector))
             along = (self._weights * slope).sum()
         summed = reduce_flat(list(torch.autograd.grad(along, phi, materialize_grads=True)))
-        return {n: -g / self._local_factor for n, g in zip(names, summed, strict=True)}
+        by_behaviour = -slope.detach() / self._local_factor if slope is not None else None
+        return {n: -g / self._local_factor for n, g in zip(names, summed, strict=True)}, by_behaviour
 
     def norm(self, vector: Sequence[Tensor]) -> Tensor:
         """|v| over the global theta: a row that several workers hold counts once."""

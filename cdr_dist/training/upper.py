@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cdr_dist.bilevel.hypergradient import hypergradient
+from cdr_dist.bilevel.hypergradient import Hypergradient, hypergradient
 from cdr_dist.data.batch import Batch
 from cdr_dist.data.stream import Place
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
@@ -44,7 +44,7 @@ class Upper:
         dev = self._dev_batch()
         found = hypergradient(s.model, self._perceptron, s.dev_head, s.tables, train, dev, options)
         s.passes["upper"] += options.passes
-        norm = self._step(found.phi)
+        norm = self.learn(found, train)
         norms = found.norms.tolist()
         return {
             "gamma": float(self._perceptron.gamma.detach()),
@@ -54,10 +54,11 @@ class Upper:
             "series_grows": float(norms[-1] > norms[0]),
         }
 
-    def _step(self, gradients: dict[str, torch.Tensor]) -> float:
+    def learn(self, found: Hypergradient, train: Batch) -> float:
+        """A step of the perceptron -> the norm of the hypergradient that `train` and its dev batch gave."""
         named = dict(self._perceptron.named_parameters())
         for name, parameter in named.items():
-            parameter.grad = gradients[name].to(parameter.dtype)
+            parameter.grad = found.phi[name].to(parameter.dtype)
         clip = self._session.config.upper.clip
         norm = float(torch.nn.utils.clip_grad_norm_(named.values(), clip if clip > 0 else float("inf")))
         optimiser = self._session.optimisers["perceptron"]
