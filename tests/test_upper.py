@@ -32,12 +32,15 @@ def column(batch, name):
 def test_every_draw_is_the_same_rows_with_other_source_behaviours(data):
     table, make = opened(data)
     once, thrice = make.train(table, 0, table.num_rows), make.train(table, 0, table.num_rows, draws=3)
-    n = len(once)
-    assert len(thrice) == 3 * n
+    assert len(thrice) == 3 * len(once)
+
+    def by_draw(values):  # a row's draws stand after one another, each with the row's negatives
+        return values.reshape(table.num_rows, 3, make.expansion).swapaxes(0, 1).reshape(3, -1)
+
     assert thrice.global_rows == 3 * once.global_rows
     for name in ("user", "target_item", "target_category"):
-        assert column(thrice, name).tolist() == column(once, name).tolist() * 3
-    drawn = column(thrice, "source_item").reshape(3, n)
+        assert np.array_equal(by_draw(column(thrice, name)), np.tile(column(once, name), (3, 1)))
+    drawn = by_draw(column(thrice, "source_item"))
     assert np.array_equal(drawn[0], column(once, "source_item"))
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert np.mean(drawn[one] == drawn[other]) < 0.3  # ten candidates a user
@@ -53,14 +56,14 @@ def test_dev_behaviours_of_a_row_are_different_ones(data, hold_out):
     table, make = opened(data)
     k, each = make.expansion, 3
     batch = make.dev_of_same_users(table, 0, table.num_rows, hold_out, each)
-    counts = batch.weight[::k].numpy().reshape(each, -1)
-    items = column(batch, "target_item")[::k].reshape(each, -1)
+    counts = batch.weight[::k].numpy().reshape(-1, each)
+    items = column(batch, "target_item")[::k].reshape(-1, each)
     number = np.array([len(peers) for peers in table["target_candidates_item"].to_pylist()])
     most = number - 1 if hold_out is None else None
-    assert counts[0].mean() > 0.9
+    assert counts[:, 0].mean() > 0.9
     for row in range(table.num_rows):
         peers = table["target_candidates_item"][row].as_py()
-        found = items[counts[:, row] > 0, row].tolist()
+        found = items[row, counts[row] > 0].tolist()
         # an item that a user has twice may come twice
         assert all(found.count(item) <= peers.count(item) for item in found)
         if most is not None:

@@ -1,12 +1,14 @@
 """Attention over jagged histories, pooled by the mean, without materialising [e_i ; E_s].
 
 BIAO eq. (4)-(6): positions x_i = [e_i ; E_s] attend to one another and the outputs are averaged. Written out with
-W = [W_h | W_s] (history half, source half), four things fall out of the loop over pairs of positions:
+W = [W_h | W_s] (history half, source half), five things fall out of the loop over pairs of positions:
 
 - the key's source half adds q_i . W_s E_s to all scores of row i, which the softmax over j ignores: it has no effect;
 - the value's source half adds the same vector to every output: it is added once, after pooling;
 - mean and weighted sum commute: m = sum_j (mean_i alpha_ij) v_j, one weighted sum instead of one a position;
-- projections of e_i depend on the item only: they are made once for each unique item of the batch.
+- projections of e_i depend on the item only: they are made once for each unique item of the batch;
+- the query's source half adds s_j = k_j . W_s E_s to every row of scores, so with A = exp(q_i . k_j) and b = exp(s),
+  mean_i alpha_ij = b_j sum_i A_ij / (n (A b)_i): source behaviours that share a history share A.
 """
 
 from __future__ import annotations
@@ -34,15 +36,18 @@ class PooledAttention(nn.Module):
         self.value = nn.Linear(2 * width, inner, bias=False)
 
     def forward(self, rows: Tensor, position: Tensor, lengths: Tensor, source: Tensor) -> Tensor:
-        """rows [U, width] of the unique items; position [sum(lengths)] -> row; lengths [B]; source [B, width]."""
-        half = rows.shape[1]
+        """rows [U, width] of the unique items; position [sum(lengths)] -> row; lengths [H] of the histories.
+
+        source [B, width]: a multiple of H, B / H source behaviours after one another share a history.
+        """
+        half, copies = rows.shape[1], len(source) // max(len(lengths), 1)
         query, value = self.query.weight, self.value.weight
         history_side = torch.cat([query[:, :half], self.key.weight, value[:, :half]])
         unique = (rows @ history_side.T).view(len(rows), 3, self.heads, self.head_width)
         if self.padding is not None:
             unique = torch.cat([unique, unique.new_zeros(1, *unique.shape[1:])])
-        from_source = (source @ query[:, half:].T).view(-1, self.heads, self.head_width)
-        pooled = source.new_zeros(len(lengths), self.heads, self.head_width)
+        from_source = (source @ query[:, half:].T).view(-1, copies, self.heads, self.head_width)
+        pooled = torch.zeros_like(from_source)
         starts = lengths.cumsum(0) - lengths
         for members, size in _buckets(lengths, self.padding):
             pooled = pooled.index_copy(
@@ -51,7 +56,7 @@ class PooledAttention(nn.Module):
         added = source @ value[:, half:].T
         # With padding, the zeroed outputs of padded positions still count in the mean.
         taken = (lengths > 0).to(added.dtype) if self.padding is None else lengths.to(added.dtype) / self.padding
-        return pooled.flatten(1) + added * taken.unsqueeze(1)
+        return pooled.view(added.shape) + added * taken.repeat_interleave(copies).unsqueeze(1)
 
     def _bucket(
         self,
@@ -63,22 +68,39 @@ class PooledAttention(nn.Module):
         members: Tensor,
         size: int,
     ) -> Tensor:
-        """The members' histories side by side, each filled up to `size` -> [members, heads, head_width]."""
+        """The members' histories side by side, each filled up to `size` -> [members, copies, heads, head_width]."""
         length = lengths[members]
         column = torch.arange(size, device=length.device)
-        real = column < length.unsqueeze(1)  # [b, n]
+        real = column < length.unsqueeze(1)  # [m, n]
         place = (starts[members].unsqueeze(1) + column).clamp(max=max(len(position) - 1, 0))
         filler = 0 if self.padding is None else len(unique) - 1
         row = torch.where(real, position[place], filler) if len(position) else torch.full_like(place, filler)
-        q, k, v = unique.index_select(0, row.flatten()).view(*row.shape, *unique.shape[1:]).unbind(2)
-        q = (q + from_source[members].unsqueeze(1)).transpose(1, 2)  # [b, heads, n, d]
-        scores = q @ k.permute(0, 2, 3, 1) / math.sqrt(self.head_width)  # [b, heads, n, n]
+        q, k, v = unique.index_select(0, row.flatten()).view(*row.shape, *unique.shape[1:]).transpose(1, 3).unbind(2)
+        keys = k.transpose(2, 3) / math.sqrt(self.head_width)  # [m, heads, d, n]
+        between = q @ keys  # [m, heads, n, n]
+        added = from_source[members].transpose(1, 2) @ keys  # [m, heads, copies, n]
         if self.padding is None:
-            scores = scores.masked_fill(~real[:, None, None, :], -torch.inf)
-        over = length.to(scores.dtype) if self.padding is None else torch.full_like(length, size, dtype=scores.dtype)
-        counted = real[:, None, :, None] / over[:, None, None, None]
-        share = (scores.softmax(-1) * counted).sum(2)  # [b, heads, n]: mean over queries
-        return (share.unsqueeze(2) @ v.transpose(1, 2)).squeeze(2)
+            between = between.masked_fill(~real[:, None, None, :], -torch.inf)
+            added = added.masked_fill(~real[:, None, None, :], -torch.inf)
+        over = length.to(added.dtype) if self.padding is None else torch.full_like(length, size, dtype=added.dtype)
+        counted = real[:, None, None, :] / over[:, None, None, None]  # [m, 1, 1, n]: mean over queries
+        return (_shares(between, added, counted) @ v).transpose(1, 2)
+
+
+WIDE = 40.0
+"""Scores of one source behaviour further apart than this would lose digits in the factored softmax."""
+
+
+def _shares(between: Tensor, added: Tensor, counted: Tensor) -> Tensor:
+    """sum_i counted_i softmax_j(between_ij + added_cj), [m, heads, copies, n]; -inf where there is no position j."""
+    top = added.detach().amax(-1, keepdim=True)
+    spread = torch.where(added.detach().isfinite(), top - added.detach(), 0.0)
+    if spread.numel() and float(spread.max()) > WIDE:
+        whole = (between.unsqueeze(2) + added.unsqueeze(3)).softmax(-1)
+        return (whole * counted.unsqueeze(-1)).sum(3)
+    a = (between - between.detach().amax(-1, keepdim=True)).exp()
+    b = (added - top).exp()
+    return b * ((counted / (b @ a.transpose(2, 3))) @ a)
 
 
 def _buckets(lengths: Tensor, padding: int | None) -> list[tuple[Tensor, int]]:

@@ -69,7 +69,8 @@ class BehaviouralPerceptron(nn.Module):
 class PerceptronInput:
     """What the perceptron reads, detached from the tables unless `item_gradient` is set.
 
-    item [B, 2d]; for each domain: history [U, 2d] unique items, position [total] -> row of history, lengths [B].
+    item [B, 2d]; for each domain: history [U, 2d] unique items, position [total] -> row of history, lengths [H]:
+    B / H items after one another share a history.
     """
 
     item: Tensor

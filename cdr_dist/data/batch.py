@@ -34,7 +34,8 @@ _HISTORIES = [f"{d}_history_{part}" for d in ("target", "source") for part in ("
 class Batch:
     """One worker's part of a global batch; B rows, of which fillers (weight 0) do not count.
 
-    train: the features whose rows train, one id a row. read: histories, ids that are only read (jagged).
+    train: the features whose rows train, one id a row. read: histories, ids that are only read (jagged), one a stored
+    row: the B / histories rows that a stored row became stand after one another and share it.
     label, source_label, weight: float32 [B]; source_valid: bool [B]; user, example: int64 [B].
     example names the stored row: a positive and its negatives share it.
     """
@@ -138,13 +139,14 @@ class BatchBuilder:
         Rows that `hold_out` keeps for the dev loss get weight 0 (global_rows still counts them). draws: how often every
         row comes, each time with another draw of its source behaviour.
         """
-        stored = _Stored(table, draws)
-        item, category, label = stored["item"], stored["category"], stored["label"]
-        batch = self._with_negatives(stored, item, category, label, "", epoch, global_rows * draws)
+        stored = _Stored(table)
+        copies = _Copies(len(stored), draws)
+        item, category, label = (stored[name][copies.row] for name in ("item", "category", "label"))
+        batch = self._with_negatives(stored, copies, item, category, label, "", epoch, global_rows)
         if hold_out is not None and len(stored):
             held = hold_out.of(stored["user"], stored.lists("target_candidates_item").lengths, epoch)
             kept = ~held.contains(stored["position"])
-            batch.weight = torch.from_numpy(np.repeat(kept, self.expansion)).float()
+            batch.weight = torch.from_numpy(np.repeat(kept, draws * self.expansion)).float()
         return batch
 
     def dev_of_same_users(
@@ -154,35 +156,45 @@ class BatchBuilder:
 
         What a user has too few of has weight 0 (global_rows still counts it).
         """
-        stored = _Stored(table, each)
-        peers = stored.lists("target_candidates_item")
-        bits = mix(key("dev", self._seed), epoch, stored["example_id"])
+        stored = _Stored(table)
+        copies = _Copies(len(stored), each)
+        row, turn = copies.row, copies.copy
+        peers, position = stored.lists("target_candidates_item"), stored["position"][row]
+        bits = mix(key("dev", self._seed), epoch, stored["example_id"][row])
         if hold_out is None:  # the others, in a circle that the row itself is left out of
-            count = np.where(stored["position"] >= 0, peers.lengths - 1, peers.lengths)
-            chosen = (integers(bits, np.maximum(count, 1)) + stored.copy) % np.maximum(count, 1)
-            chosen += (stored["position"] >= 0) & (chosen >= stored["position"])
+            count = np.where(position >= 0, peers.lengths[row] - 1, peers.lengths[row])
+            chosen = (integers(bits, np.maximum(count, 1)) + turn) % np.maximum(count, 1)
+            chosen += (position >= 0) & (chosen >= position)
         else:
-            held = hold_out.of(stored["user"], peers.lengths, epoch)
-            count, chosen = held.count, held.one(bits, stored.copy)
-        valid = stored.copy < count
+            held = hold_out.of(stored["user"][row], peers.lengths[row], epoch)
+            count, chosen = held.count, held.one(bits, turn)
+        valid = turn < count
         chosen = np.where(valid, chosen, 0)
-        rows = np.arange(len(stored))
         item, category, label = (
-            stored.lists(f"target_candidates_{part}").pick(rows, chosen) for part in ("item", "category", "label")
+            stored.lists(f"target_candidates_{part}").pick(row, chosen) for part in ("item", "category", "label")
         )
-        batch = self._with_negatives(stored, item, category, label, "dev_", epoch, global_rows * each)
+        batch = self._with_negatives(stored, copies, item, category, label, "dev_", epoch, global_rows)
         if len(stored):
             batch.weight = torch.from_numpy(np.repeat(valid, self.expansion)).float()
         return batch
 
     def _with_negatives(
-        self, stored: _Stored, item: NDArray, category: NDArray, label: NDArray, name: str, epoch: int, global_rows: int
+        self,
+        stored: _Stored,
+        copies: _Copies,
+        item: NDArray,
+        category: NDArray,
+        label: NDArray,
+        name: str,
+        epoch: int,
+        global_rows: int,
     ) -> Batch:
-        """Every given behaviour and its negatives; `name` keeps the draws of different uses apart."""
+        """Every given behaviour, one a copy, and its negatives; `name` keeps the draws of different uses apart."""
         k = self.expansion - 1
-        row, j = _expanded(len(stored), k)
-        item, category = item[row].astype(np.int64), category[row].astype(np.int64)
-        label = np.where(j > 0, 0.0, label[row])
+        place, j = _expanded(len(item), k)
+        row = copies.row[place]
+        item, category = item[place].astype(np.int64), category[place].astype(np.int64)
+        label = np.where(j > 0, 0.0, label[place])
         negative = np.flatnonzero(j > 0)
         if len(negative):
             peers = stored.lists("target_candidates_item")
@@ -195,7 +207,9 @@ class BatchBuilder:
                 self._items["target"],
             )
             category[negative] = self._category["target"][item[negative]]
-        return self._assemble(stored, row, j, item, category, label, epoch, k, global_rows * self.expansion)
+        draw = j + (k + 1) * copies.copy[place]
+        rows = global_rows * copies.each * self.expansion
+        return self._assemble(stored, row, draw, item, category, label, epoch, k, rows)
 
     def evaluate(self, table: pa.Table, global_rows: int) -> Batch:
         """Stored negatives, and a fixed draw of the source behaviour (the one of epoch -1)."""
@@ -215,7 +229,7 @@ class BatchBuilder:
         self,
         stored: _Stored,
         row: NDArray,
-        j: NDArray,
+        draw: NDArray,
         item: NDArray,
         category: NDArray,
         label: NDArray,
@@ -227,12 +241,13 @@ class BatchBuilder:
         source_label = np.zeros(len(row))
         valid = np.zeros(len(row), dtype=bool)
         if self._source:
-            pair = self._pair(stored, row, j, epoch, k)
+            pair = self._pair(stored, row, draw, epoch, k)
             features |= {"source_item": pair.item, "source_category": pair.category}
             source_label, valid = pair.label, pair.valid
         histories = {}
         if self._histories:
-            histories = {n: stored.lists(n).take(row, self._options.history_length) for n in _HISTORIES}
+            every = np.arange(len(stored))
+            histories = {n: stored.lists(n).take(every, self._options.history_length) for n in _HISTORIES}
         if not len(row):  # a worker without rows would crash the lookup and take its peers along
             features = {n: np.zeros(1, dtype=np.int64) for n in features}
             histories = {n: Lists(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)) for n in histories}
@@ -240,7 +255,7 @@ class BatchBuilder:
         floats = {"label": label, "source_label": source_label, "weight": np.ones(len(row))}
         return Batch(
             train=_one_id_a_row(features),
-            read=_jagged(histories, rows),
+            read=_jagged(histories),
             source_valid=_filled(valid, rows, torch.bool),
             user=_filled(stored["user"][row], rows, torch.int64),
             example=_filled(stored["example_id"][row], rows, torch.int64),
@@ -248,13 +263,14 @@ class BatchBuilder:
             **{n: _filled(v, rows, torch.float32) for n, v in floats.items()},
         )
 
-    def _pair(self, stored: _Stored, row: NDArray, j: NDArray, epoch: int, k: int) -> _Pair:
-        """A source behaviour of the same user; with sampled labels it is one with probability 1/(1+k), else a
-        negative item, as often as a target row is."""
+    def _pair(self, stored: _Stored, row: NDArray, draw: NDArray, epoch: int, k: int) -> _Pair:
+        """A source behaviour of the same user, another for every `draw` of a row.
+
+        With sampled labels it is one with probability 1/(1+k), else a negative item, as often as a target row is.
+        """
         example = stored["example_id"][row]
         candidates = stored.lists("source_candidates_item")
         count = candidates.lengths[row]
-        draw = j + (k + 1) * stored.copy[row]
         index = integers(mix(key("pair", self._seed), epoch, example, draw), np.maximum(count, 1))
         item = candidates.pick(row, index).astype(np.int64)
         category = stored.lists("source_candidates_category").pick(row, index).astype(np.int64)
@@ -284,15 +300,19 @@ class _Pair:
     valid: NDArray
 
 
+class _Copies:
+    """Every stored row `each` times, copies after one another. row, copy: [rows x each], row and number of the copy."""
+
+    def __init__(self, rows: int, each: int) -> None:
+        self.each = each
+        self.row, self.copy = np.repeat(np.arange(rows), each), np.tile(np.arange(each), rows)
+
+
 class _Stored:
-    """Columns of stored rows as numpy arrays and lists, converted once, all of them `copies` times.
+    """Columns of stored rows as numpy arrays and lists, converted once."""
 
-    copy: [n], the number of the row's copy.
-    """
-
-    def __init__(self, table: pa.Table, copies: int = 1) -> None:
-        self._table = pa.concat_tables([table] * copies)
-        self.copy = np.repeat(np.arange(copies), table.num_rows)
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
         self._lists: dict[str, Lists] = {}
 
     def __len__(self) -> int:
@@ -335,7 +355,7 @@ def _one_id_a_row(features: Mapping[str, NDArray]) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(keys=list(names), values=values, lengths=torch.ones(len(values), dtype=torch.int32))
 
 
-def _jagged(lists: Mapping[str, Lists], rows: int) -> KeyedJaggedTensor:
+def _jagged(lists: Mapping[str, Lists]) -> KeyedJaggedTensor:
     if not lists:
         return KeyedJaggedTensor(
             keys=[], values=torch.empty(0, dtype=torch.int64), lengths=torch.empty(0, dtype=torch.int32)
