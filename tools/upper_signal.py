@@ -5,8 +5,9 @@
 
 Trains with BIAO's lower level and equal weights: the upper level computes hypergradients and learns nothing. In
 every upper step it takes each behaviour's own part, - d L_dev / d w_j, and compares the mean over the helpful with
-that over the harmful ones. Printed for each fifth of the training: t of that difference over the fifth's steps
-(noise alone: 0 +- 1). Any option of jobs/train.py may follow; the run's folder is thrown away.
+that over the harmful ones; the mean over all says whether the source should count more as a whole. Printed for each
+fifth of the training: t of either over the fifth's steps (noise alone: 0 +- 1). Any option of jobs/train.py may
+follow; the run's folder is thrown away.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ MEASURED = [
 
 
 class Measured(Upper):
-    """Keeps, of every upper step, how much more the helpful behaviours help than the harmful ones."""
+    """Keeps, of every upper step, how much more the helpful behaviours help than the harmful ones, and all of them."""
 
-    differences: list[float] = []  # noqa: RUF012  the run ends before anybody could hand a list over
+    found: list[tuple[float, float]] = []  # noqa: RUF012  the run ends before anybody could hand a list over
 
     def bind(self, session: Session) -> None:
         super().bind(session)
@@ -58,7 +59,8 @@ class Measured(Upper):
             for kind in ("helpful", "harmful")
         }
         if all(len(values) for values in of.values()):
-            Measured.differences.append(float(of["harmful"].mean() - of["helpful"].mean()))
+            level = -float(found.by_behaviour[train.source_valid].mean())
+            Measured.found.append((float(of["harmful"].mean() - of["helpful"].mean()), level))
         return 0.0
 
 
@@ -75,10 +77,11 @@ def main(words: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="upper-signal-") as folder:
         config = from_words([*MEASURED, f"recipe.phases=[{{name:train,cycle:[{cycle}]}}]", *words, f"run={folder}/run"])
         train(config, dataset_of(config.data), quiet=True)
-    values = torch.tensor(Measured.differences, dtype=torch.float64)
-    bounds = [round(i * len(values) / PARTS) for i in range(PARTS + 1)]
-    parts = " ".join(f"{t_value(values[a:b]):5.1f}" for a, b in itertools.pairwise(bounds))
-    print(f"t by fifth: {parts}    all {len(values)} upper steps: {t_value(values):.1f}    {' '.join(words)}")
+    bounds = [round(i * len(Measured.found) / PARTS) for i in range(PARTS + 1)]
+    print(f"{' '.join(words)}: t by fifth of {len(Measured.found)} upper steps, and over all")
+    for name, column in zip(("helpful - harmful", "all"), torch.tensor(Measured.found).double().T, strict=True):
+        parts = " ".join(f"{t_value(column[a:b]):5.1f}" for a, b in itertools.pairwise(bounds))
+        print(f"  {name:18s}{parts}  {t_value(column):5.1f}")
 
 
 if __name__ == "__main__":
