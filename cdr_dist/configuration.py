@@ -33,7 +33,9 @@ from cdr_dist.training.options import (
 )
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-LITERAL = ("data", "run", "source", "target", "out")
+CHOSEN = ("model", "recipe", "preset")
+"""Options whose values name a file of configs/."""
+LITERAL = ("data", "run")
 """Options whose values are taken as they are: paths with '=' or '(' break Hydra's grammar, 2024 becomes a number."""
 
 
@@ -68,13 +70,18 @@ def from_words(words: Sequence[str]) -> TrainConfig:
 
 
 def compose_words(words: Sequence[str]) -> DictConfig:
-    groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in CONFIGS.iterdir() if p.is_dir()}
-    choices, options = [], []
+    groups = {name: sorted(f.stem for f in (CONFIGS / name).glob("*.yaml")) for name in CHOSEN}
+    choices: list[str] = []
+    options: list[tuple[str, str]] = []
     for word in words:
         name, separator, value = word.partition("=")
+        if word.startswith("--"):
+            raise UserError(f"{word}: unknown; {nearest(word, ['--check', '--help'])}")
         if not separator:
             raise UserError(f"'{word}': options are written key=value")
-        if name in groups and name not in LITERAL:
+        if name in LITERAL and not value:
+            raise UserError(f"{name}= is empty")
+        if name in groups:
             if value not in groups[name]:
                 raise UserError(f"{name}={value}: unknown {name}; {nearest(value, groups[name])}")
             choices.append(word)
@@ -89,7 +96,7 @@ def compose_words(words: Sequence[str]) -> DictConfig:
         try:
             return compose("train", choices + [_quoted(name, value) for name, value in options])
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(_first_line(error)) from error
+            raise UserError(_reason(error)) from error
 
 
 def _check_grammar(options: Sequence[tuple[str, str]]) -> None:
@@ -107,7 +114,7 @@ def as_config(composed: DictConfig) -> TrainConfig:
     try:
         return OmegaConf.to_object(composed)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise UserError(_first_line(error)) from error
+        raise UserError(_reason(error)) from error
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -136,7 +143,7 @@ def _quoted(name: str, value: str) -> str:
 
 
 def _keys(config: Any) -> set[str]:
-    return set(_flat(OmegaConf.to_container(config))) | set(_prefixes(OmegaConf.to_container(config)))
+    return set(_flat(OmegaConf.to_container(config)))
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -148,11 +155,11 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _prefixes(node: Any) -> list[str]:
-    return [name for name, value in node.items() if not isinstance(value, dict)]
-
-
-def _first_line(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    """`option: what is wrong with its value`, from the innermost error: Hydra wraps OmegaConf's."""
+    while isinstance(error.__cause__, HydraException | OmegaConfBaseException):
+        error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    key = next((m.group(1) for line in lines if (m := re.match(r"full_key: (\S+)", line))), None)
-    return f"{key}: {lines[0]}" if key else lines[0]
+    name = next((m.group(1) for line in lines if (m := re.match(r"full_key: (\S+)", line))), None)
+    hint = "; lists are written [64,32]" if "ListConfig" in lines[0] else ""
+    return f"{name}: {lines[0]}{hint}" if name else lines[0]

@@ -7,13 +7,13 @@ import sys
 import traceback
 from collections.abc import Callable
 
-DONE, FAILED, USERS_MISTAKE, STOPPED = 0, 1, 2, 143
+DONE, FAILED, USERS_MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 
 def run_job(
     name: str, about: str | None, main: Callable[[list[str]], None], more_help: Callable[[], str] | None = None
 ) -> int:
-    """Runs main(words): 0 done, 2 the user's mistake (one line), 143 stopped on request, 1 anything else."""
+    """Runs main(words): 0 done, 2 the user's mistake (one line), 143 or 130 stopped on request, 1 anything else."""
     words = sys.argv[1:]
     os.environ.setdefault("GLOG_minloglevel", "2")
     if any(w in ("-h", "--help", "help") for w in words):
@@ -30,10 +30,10 @@ def run_job(
         return USERS_MISTAKE
     except Stopped as error:
         print(f"{name}: {error}", file=sys.stderr)
-        return STOPPED
+        return 128 + error.told_by
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except Exception:
         traceback.print_exc()
         return FAILED

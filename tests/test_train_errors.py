@@ -54,6 +54,10 @@ def cycle(update):
     return ["recipe=joint", f"recipe.phases=[{{name:p,cycle:[{{update:{{{update}}}}}]}}]"]
 
 
+def backbone(name):
+    return ["model=custom", f"model._target_=tests.backbones.{name}"]
+
+
 OPTIONS = {
     "unknown option": (["trainer.max_stps=3"], "trainer.max_stps: unknown option; did you mean 'trainer.max_steps'?"),
     "unknown group": (["optimizer.lr=3"], "optimizer.lr: unknown option"),
@@ -79,6 +83,21 @@ OPTIONS = {
         "weighting",
     ),
     "an update without a name": (cycle("weighting:1"), "recipe=joint, phase p: needs a _target_"),
+    "a flag": (["--chek"], "--chek: unknown; did you mean '--check'?"),
+    "the job's own groups only": (["experiment=demo"], "experiment: unknown option"),
+    "a rate below zero": (["dense.lr=-1"], "dense.lr=-1.0: must be above 0 and finite"),
+    "no coefficient": (["upper.gamma0=0"], "upper.gamma0=0.0: must be above 0"),
+    "no epochs": (["trainer.epochs=0"], "trainer.epochs=0: must be at least 1"),
+    "a word for a list": (["hypergradient.theta=user"], "hypergradient.theta: ", "lists are written [64,32]"),
+    "no such table": (["hypergradient.theta=[usr]"], "hypergradient.theta: 'usr' is unknown; did you mean 'user'?"),
+    "logits in a column": (backbone("TwoColumns"), "two rows do not go through it", "size"),
+    "another width": (
+        backbone("NoWidth"),
+        "target_features of 2 rows has shape [2, 8], not [2, target_feature_width=9]",
+    ),
+    "an unknown feature": (backbone("UnknownFeature"), "spec() names the feature brand; known: user, "),
+    "a head that is not there": (backbone("LostHead"), "heads() names sourse_head"),
+    "nothing to weigh by": ([*backbone("TargetItemsOnly"), "recipe=biao"], "the model does not read target_category"),
     "more workers than lanes": (["trainer.workers=9"], "trainer.workers=9 but stream.lanes=8"),
     "Adam on CPU": (["tables.optimiser=adam"], "tables.optimiser=adam: FBGEMM has no Adam on CPU"),
 }
@@ -88,6 +107,25 @@ OPTIONS = {
 def test_a_bad_option(case, job):
     given, *expected = OPTIONS[case]
     mistake(job, words(rated(), "run", *given), *expected)
+
+
+def test_no_data_and_a_run_that_is_no_folder(job):
+    mistake(job, words("", "run"), "data= is empty")
+    mistake(job, words(rated(), "s3://bucket/run"), "run=s3://bucket/run: must be a folder")
+
+
+def test_a_recipe_that_needs_planted_truth(job, tmp_path):
+    dataset = copied(rated(), tmp_path)
+    (dataset / "truth.parquet").unlink()
+    mistake(job, words(dataset, "run", "recipe=oracle"), "needs data with planted truth")
+
+
+def test_validation_rows_of_one_label(job, monkeypatch):
+    """Found when it is measured."""
+    monkeypatch.setattr("cdr_dist.training.loop.evaluate", lambda *_: {"auc": float("nan")})
+    code, out, lines = job(*words(rated(), "run", "recipe=joint"))
+    assert (code, out) == (2, "")
+    assert "evaluation.metric=auc has no value on the validation rows" in lines[-1]
 
 
 def test_a_batch_that_does_not_hold_whole_groups(job):

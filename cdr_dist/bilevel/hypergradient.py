@@ -102,7 +102,7 @@ class _Problem:
 
         embedded = self._rows.embedded()
         item_gradient = perceptron.options.item_gradient
-        seen = perceptron_input(tables, train.read, embedded, item_gradient)
+        seen = perceptron_input(tables, self._features, train.read, embedded, item_gradient)
         self._weights = normalised(perceptron(seen), train.source_valid, perceptron.gamma)
         # Weights do not depend on theta, so the second-order graph needs them as a leaf only: the perceptron is
         # differentiated once, at the end. As released (item_gradient) they do, and stay in the graph.

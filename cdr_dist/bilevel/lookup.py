@@ -54,12 +54,25 @@ class ResidentRows:
 
 
 def perceptron_input(
-    tables: ShardedTables, histories: KeyedJaggedTensor, embedded: Mapping[str, Tensor], item_gradient: bool
+    tables: ShardedTables,
+    features: Features,
+    histories: KeyedJaggedTensor,
+    embedded: Mapping[str, Tensor],
+    item_gradient: bool,
 ) -> PerceptronInput:
     """Looks the histories' unique items up, without gradient, and joins them with the source item of each example."""
     found = history_items(histories)
-    ids = {f"{d}_{part}": getattr(found[d], part) for d in HISTORIES for part in ("item", "category")}
-    rows = tables.read(ids)
+    wanted: dict[str, list[tuple[str, Tensor]]] = {}  # table -> features that read it, each with its ids
+    for domain in HISTORIES:
+        for part in ("item", "category"):
+            name = f"{domain}_{part}"
+            wanted.setdefault(features[name], []).append((name, getattr(found[domain], part)))
+    read = tables.read({table: torch.cat([ids for _, ids in parts]) for table, parts in wanted.items()})
+    rows = {
+        name: part
+        for table, parts in wanted.items()
+        for (name, _), part in zip(parts, read[table].split([len(ids) for _, ids in parts]), strict=True)
+    }
     item = torch.cat([embedded["source_item"], embedded["source_category"]], dim=1)
     return PerceptronInput(
         item=item if item_gradient else item.detach(),

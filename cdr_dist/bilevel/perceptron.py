@@ -19,7 +19,7 @@ HISTORIES = ("source", "target")
 
 
 class BehaviouralPerceptron(nn.Module):
-    """Scores gamma_1 * gamma_2 of a batch of source behaviours; `weights` normalises them over the global batch."""
+    """Scores gamma_1 * gamma_2 of a batch of source behaviours; `normalised` makes weights of them."""
 
     def __init__(self, width: int, options: PerceptronOptions) -> None:
         super().__init__()

@@ -35,7 +35,8 @@ def normal_rows(seed: int, name: str, first_row: int, rows: int, width: int, std
 def initialise_dense(module: torch.nn.Module, seed: int, prefix: str = "") -> None:
     """Sets every dense parameter from (seed, name): matrices N(0, 2 / fan_in) (He et al. 2015), vectors to 0.
 
-    A module may hold values of its own in a method `initial_values() -> dict[name, Tensor]`, which win.
+    What a constructor filled with one constant stays: a norm's weights of 1, a layer that starts at 0. A module may
+    give other values in a method `initial_values() -> dict[parameter name, Tensor]`, which win.
     """
     own = {
         f"{name}.{key_}" if name else key_: value
@@ -46,6 +47,8 @@ def initialise_dense(module: torch.nn.Module, seed: int, prefix: str = "") -> No
     for name, parameter in module.named_parameters():
         if name in own:
             parameter.copy_(own[name])
+        elif parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+            continue
         elif parameter.dim() >= 2:
             fan_in = parameter[0].numel()
             values = normal_rows(seed, prefix + name, 0, parameter.shape[0], fan_in, math.sqrt(2.0 / fan_in))

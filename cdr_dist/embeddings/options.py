@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from cdr_dist.errors import UserError, nearest
@@ -29,6 +30,8 @@ class TableOptions:
             raise UserError(f"tables.width={self.width}: must be a positive multiple of 4")
         if self.optimiser not in OPTIMISERS:
             raise UserError(f"tables.optimiser={self.optimiser}: {nearest(self.optimiser, list(OPTIMISERS))}")
+        if not 0 <= self.lr < math.inf:
+            raise UserError(f"tables.lr={self.lr}: must be finite and not negative")
         if self.weight_decay < 0:
             raise UserError(f"tables.weight_decay={self.weight_decay}: must not be negative")
         if self.weight_decay and self.optimiser != "rowwise_adagrad":

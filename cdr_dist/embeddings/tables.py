@@ -89,11 +89,6 @@ class ShardedTables:
             },
         }
 
-    def set_lr(self, lr: float) -> None:
-        for group in self.collection.fused_optimizer.param_groups:
-            group["lr"] = lr
-        self.collection.fused_optimizer.step()  # hands the new rate to FBGEMM
-
     def unsharded(self, table: str) -> Tensor | None:
         """The whole table without padding rows, [rows, width] on worker 0 (None elsewhere)."""
         _, shard = self.shards()[table]

@@ -42,7 +42,7 @@ class Labels(Protocol):
 
 
 class Backbone(Protocol):
-    """A model that every recipe of the first group can train; see docs/backbone.md for one in 40 lines."""
+    """A model that target_only, source_features, joint and biao can train; docs/backbone.md has one in 40 lines."""
 
     def spec(self) -> Spec: ...
 

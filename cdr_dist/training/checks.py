@@ -9,13 +9,19 @@ import psutil
 import torch
 from hydra.utils import instantiate
 
+from cdr_dist.bilevel.options import ALL_TABLES, DENSE
 from cdr_dist.configuration import TrainConfig
+from cdr_dist.data import storage
 from cdr_dist.data.dataset import Manifest, read_manifest
+from cdr_dist.data.truth import FILE
 from cdr_dist.embeddings.options import TableSpec
-from cdr_dist.errors import UserError
+from cdr_dist.errors import UserError, nearest
+from cdr_dist.evaluation.metrics import RANKING
+from cdr_dist.models.protocol import Output
 
 METRICS = ("auc", "gauc", "logloss")
-RANKING = re.compile(r"(?:hr|ndcg|mrr)@(\d+)")
+RANKED = re.compile(rf"(?:{'|'.join(RANKING)})@(\d+)")
+FEATURES = ("user", "target_item", "target_category", "source_item", "source_category")
 
 
 def check_before_start(config: TrainConfig, folder: str) -> Manifest:
@@ -30,6 +36,7 @@ def check_before_start(config: TrainConfig, folder: str) -> Manifest:
         raise UserError("tables.optimiser=adam: FBGEMM has no Adam on CPU; use rowwise_adagrad, adagrad or sgd")
     if not config.recipe.phases:
         raise UserError(f"recipe={config.recipe.name}: has no phases")
+    _check_theta(config, _check_model(config))
     _check_memory(config, table_bytes(config, manifest))
     return manifest
 
@@ -37,6 +44,10 @@ def check_before_start(config: TrainConfig, folder: str) -> Manifest:
 def build_model(config: TrainConfig) -> Any:
     """The backbone named by model's `_target_`, with the tables' width and the recipe's variant."""
     return _built("model", config.model, width=config.tables.width, source=config.recipe.source)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def build_updates(config: TrainConfig) -> list[list[Any]]:
@@ -60,13 +71,79 @@ def _built(what: str, spec: Any, **more: Any) -> Any:
     except UserError:
         raise
     except Exception as error:  # Hydra wraps whatever the import or the constructor raised
-        cause = error.__cause__ or error
-        raise UserError(f"{what}: {str(cause).splitlines()[0]}") from error
+        raise UserError(f"{what}: {_one_line(error.__cause__ or error)}") from error
+
+
+def check_updates(config: TrainConfig, folder: str) -> None:
+    """What the recipe's updates need: builds them, which loads TorchRec."""
+    for update in (u for cycle in build_updates(config) for u in cycle):
+        if getattr(update, "needs_truth", False) and not storage.exists(storage.join(folder, FILE)):
+            raise UserError(f"recipe={config.recipe.name}: needs data with planted truth, such as data=demo")
+        if getattr(update, "learned", False):
+            check_weighable(config, build_model(config))
+
+
+def check_weighable(config: TrainConfig, model: Any) -> None:
+    """The perceptron reads items and categories of both domains, and there must be a source loss to weigh."""
+    lacking = [f for f in FEATURES[1:] if f not in model.spec().features]
+    if lacking or not config.recipe.source:
+        what = f"the model does not read {lacking[0]}" if lacking else "the recipe has source: false"
+        raise UserError(f"recipe={config.recipe.name}: weighs source behaviours, but {what}")
 
 
 def table_specs(config: TrainConfig, manifest: Manifest, model: Any) -> list[TableSpec]:
+    """A table that several features read has as many rows as the largest of their vocabularies."""
     o = config.tables
-    return [TableSpec(name, manifest.rows[name], o.width, o.init_std) for name in model.spec().tables]
+    rows: dict[str, int] = {}
+    for feature, table in model.spec().features.items():
+        rows[table] = max(rows.get(table, 0), manifest.rows[feature])
+    return [TableSpec(name, rows[name], o.width, o.init_std) for name in model.spec().tables]
+
+
+def _check_model(config: TrainConfig) -> Any:
+    """The backbone, after two rows have gone through it. UserError: what docs/backbone.md asks for and it lacks."""
+    model = build_model(config)
+    name = f"model {config.model['_target_']}"
+    unknown = [f for f in model.spec().features if f not in FEATURES]
+    if unknown:
+        raise UserError(f"{name}: spec() names the feature {unknown[0]}; known: {', '.join(FEATURES)}")
+    try:
+        embedded = {f: torch.zeros(2, config.tables.width) for f in model.spec().features}
+        labels = _TwoLabels()
+        with torch.no_grad():
+            output = model(embedded, labels)
+            target, source = model.losses(output, labels)
+        heads, width = model.heads(), model.target_feature_width
+    except Exception as error:  # the author's code, on data of ours
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        raise UserError(f"{name}: two rows do not go through it ({reason})") from error
+    if not isinstance(output, Output):
+        raise UserError(f"{name}: returns {type(output).__name__}, not cdr_dist.models.protocol.Output")
+    found: dict[str, Any] = {"target_logit": output.target_logit, "the target loss": target}
+    if config.recipe.source and output.source_logit is not None:
+        found |= {"source_logit": output.source_logit, "the source loss": source}
+    for what, value in found.items():
+        if value is None or tuple(value.shape) != (2,):
+            raise UserError(f"{name}: {what} of 2 rows has shape {list(getattr(value, 'shape', []))}, not [2]")
+    if tuple(output.target_features.shape) != (2, width):
+        shape = list(output.target_features.shape)
+        raise UserError(f"{name}: target_features of 2 rows has shape {shape}, not [2, target_feature_width={width}]")
+    known = [n for n, _ in model.named_parameters()]
+    lost = [h for h in heads if config.recipe.source and not any(n.startswith(h) for n in known)]
+    if lost:
+        raise UserError(f"{name}: heads() names {lost[0]}, and no parameter's name starts with it")
+    return model
+
+
+class _TwoLabels:
+    label = source_label = torch.tensor([1.0, 0.0])
+
+
+def _check_theta(config: TrainConfig, model: Any) -> None:
+    known = [DENSE, ALL_TABLES, *model.spec().tables]
+    for name in config.hypergradient.theta:
+        if name not in known:
+            raise UserError(f"hypergradient.theta: '{name}' is unknown; {nearest(name, known)}")
 
 
 def check_dataset(config: TrainConfig, manifest: Manifest) -> None:
@@ -123,7 +200,7 @@ def _check_metric(config: TrainConfig, manifest: Manifest) -> None:
         )
     if metric in METRICS:
         return
-    ranked = RANKING.fullmatch(metric)
+    ranked = RANKED.fullmatch(metric)
     if ranked is None:
         raise UserError(f"evaluation.metric={metric}: choose {', '.join(METRICS)}, hr@K, ndcg@K or mrr@K")
     if int(ranked[1]) not in ks:

@@ -33,14 +33,15 @@ def train(config: TrainConfig, folder: str, quiet: bool = False) -> dict[str, An
     title = f"{config.recipe.name} seed {config.seed}"
     with Console(place, title, most_steps(config, manifest), steps_done(place.checkpoints), quiet):
         start = _in_process if config.trainer.workers == 0 else _on_ray
+        told: list[int] = []
         try:
-            result = start(config, _absolute(folder), place)
+            result = start(config, _absolute(folder), place, told)
         except UserError:
             if new:
                 place.discard_unless_begun()
             raise
     if result == STOPPED:
-        raise Stopped(f"{place.path}: stopped; the same command continues")
+        raise Stopped(f"{place.path}: stopped; the same command continues", *told[:1])
     summary = place.summary()
     assert summary is not None
     return summary
@@ -62,39 +63,51 @@ def alone() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _in_process(config: TrainConfig, folder: str, place: RunFolder) -> Any:
+@contextmanager
+def stopped_by_signals(place: RunFolder, told: list[int]) -> Iterator[None]:
+    """SIGTERM and Ctrl-C ask the run to stop after its step; Ctrl-C again ends it at once. told: gets the signal."""
+
+    def ask(number: int, _: Any) -> None:
+        told.append(number)
+        place.ask_to_stop()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            print("stopping after this step; Ctrl-C again ends it at once", file=sys.stderr, flush=True)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _in_process(config: TrainConfig, folder: str, place: RunFolder, told: list[int]) -> Any:
     from cdr_dist.training.worker import work  # loads TorchRec, which a driver of Ray workers does not need
 
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with alone():
-            return work(config, folder, str(place.path))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with stopped_by_signals(place, told), alone():
+        return work(config, folder, str(place.path))
 
 
-def _on_ray(config: TrainConfig, folder: str, place: RunFolder) -> Any:
+def _on_ray(config: TrainConfig, folder: str, place: RunFolder, told: list[int]) -> Any:
     """Starts again where workers were lost. Not left to Ray Train, which starts again on a user's mistake, too."""
     from ray.train import TrainingFailedError
 
-    before = signal.getsignal(signal.SIGTERM)
     lost = 0
-    try:
-        with cluster(config.trainer.workers):
-            signal.signal(signal.SIGTERM, lambda *_: place.ask_to_stop())  # Ray has set its own
-            while True:
-                try:
-                    return _trainer(config, folder, place).fit().return_value
-                except TrainingFailedError as error:
-                    mistake = users_mistake(error)
-                    if mistake is not None:
-                        raise UserError(mistake) from error
-                    if lost == config.trainer.max_failures:
-                        raise
-                    lost += 1
-                    print(_lost(error, lost, config.trainer.max_failures), file=sys.stderr, flush=True)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with cluster(config.trainer.workers), stopped_by_signals(place, told):  # in this order: Ray sets its own
+        while True:
+            try:
+                return _trainer(config, folder, place).fit().return_value
+            except TrainingFailedError as error:
+                mistake = users_mistake(error)
+                if mistake is not None:
+                    raise UserError(mistake) from error
+                if lost == config.trainer.max_failures:
+                    raise
+                lost += 1
+                print(_lost(error, lost, config.trainer.max_failures), file=sys.stderr, flush=True)
 
 
 def _trainer(config: TrainConfig, folder: str, place: RunFolder) -> Any:

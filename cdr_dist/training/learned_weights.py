@@ -37,9 +37,8 @@ def weights_by_category(session: Session) -> pl.DataFrame:
     for _ in range(min(MOST_STEPS, feed.steps_per_epoch)):
         batch = feed.next().batch
         rows = session.tables.read(ids_by_table(batch.train, session.features))
-        given = perceptron_input(
-            session.tables, batch.read, rows_by_feature(rows, batch.train, session.features), False
-        )
+        embedded = rows_by_feature(rows, batch.train, session.features)
+        given = perceptron_input(session.tables, session.features, batch.read, embedded, False)
         score = perceptron(given)
         weight = normalised(score, batch.source_valid, perceptron.gamma) * batch.global_rows
         kept = batch.source_valid & ((batch.source_label > 0) | (session.manifest.label == "rating"))

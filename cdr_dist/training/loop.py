@@ -8,6 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
+from cdr_dist.data.hashing import key
+from cdr_dist.embeddings.workers import max_over_workers
 from cdr_dist.errors import UserError
 from cdr_dist.training.checkpoint import Checkpoints, Progress
 from cdr_dist.training.evaluate import evaluate
@@ -92,6 +96,7 @@ class Loop:
         self._validate_if_due(phase)
         while not (p.phase_done or self._at_end(phase) or self.stopped):
             update = phase.cycle[p.position]
+            seed_step(self._session.config.seed, self._session.rank, p.phase, p.step, p.position)
             start = time.perf_counter()
             values = update.run(self._stop_wanted())
             self._keep_time(time.perf_counter() - start, update.counts)
@@ -131,6 +136,11 @@ class Loop:
         if options.metric not in values:
             raise UserError(f"evaluation.metric={options.metric}: not among {', '.join(sorted(values))}")
         value = values[options.metric]
+        if math.isnan(value):
+            raise UserError(
+                f"evaluation.metric={options.metric} has no value on the validation rows of {self._session.folder}: "
+                "are all of one label?"
+            )
         p.validated_step = p.step
         sign = -1 if options.smaller_is_better else 1
         if math.isnan(p.best_value) or sign * value > sign * p.best_value:
@@ -170,12 +180,13 @@ class Loop:
         )
 
 
+def seed_step(seed: int, *coordinates: int) -> None:
+    """What a backbone draws (dropout) is a function of seed, worker and step: a resume draws it again."""
+    torch.manual_seed(int(key("step", seed, *coordinates)) >> 1)
+
+
 def non_finite(session: Session) -> list[str]:
     """Names of tables and dense parameters that hold a value that is not finite, on any worker."""
-    import torch
-
-    from cdr_dist.embeddings.workers import max_over_workers
-
     parts: dict[str, Any] = {f"table {t}": shard for t, (_, shard) in session.tables.shards().items()}
     for module in ("model", "perceptron", "dev_head"):
         if getattr(session, module) is not None:

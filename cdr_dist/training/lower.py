@@ -25,6 +25,7 @@ class Lower:
     def __init__(self, weighting: Weighting) -> None:
         self._weighting = weighting
         self.learned = weighting.learned
+        self.needs_truth = getattr(weighting, "needs_truth", False)
 
     def bind(self, session: Session) -> None:
         self._session = session

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,20 @@ from cdr_dist.errors import UserError
 def one_of(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UserError(f"{option}={value}: choose {', '.join(known[:-1])} or {known[-1]}")
+
+
+def at_least(group: str, options: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if not value >= least:
+            raise UserError(f"{group}.{name}={value}: must be at least {least}")
+
+
+def above_zero(group: str, options: object, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if not 0 < value < math.inf:
+            raise UserError(f"{group}.{name}={value}: must be above 0 and finite")
 
 
 @dataclass
@@ -51,8 +66,7 @@ class BatchConfig(BatchOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size < 1:
-            raise UserError(f"batch.size={self.size}: must be at least 1")
+        at_least("batch", self, 1, "size")
 
 
 @dataclass
@@ -61,6 +75,10 @@ class DenseOptions:
 
     lr: float = 3e-3
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        above_zero("dense", self, "lr")
+        at_least("dense", self, 0, "weight_decay")
 
 
 @dataclass
@@ -109,11 +127,9 @@ class UpperOptions:
         one_of("upper.optimiser", self.optimiser, ("adagrad_norm", "adam", "sgd"))
         if not 0 < self.hold_out < 1:
             raise UserError(f"upper.hold_out={self.hold_out}: a share of behaviours, above 0 and below 1")
-        if self.rotate_epochs < 1:
-            raise UserError(f"upper.rotate_epochs={self.rotate_epochs}: must be at least 1")
-        for name in ("interval", "dev_behaviours", "source_draws"):
-            if getattr(self, name) < 1:
-                raise UserError(f"upper.{name}={getattr(self, name)}: must be at least 1")
+        at_least("upper", self, 1, "rotate_epochs", "interval", "dev_behaviours", "source_draws")
+        at_least("upper", self, 0, "warm_up_epochs", "dev_batch_size", "lr", "weight_decay", "clip")
+        above_zero("upper", self, "head_lr", "gamma0")
         if self.head_refresh != "lower" and not (
             self.head_refresh.startswith("dev:") and self.head_refresh[4:].isdigit()
         ):
@@ -127,13 +143,17 @@ class EvaluationOptions:
     every: int = 0
     """Lower steps between validations; 0: once an epoch."""
     metric: str = "auc"
-    """Validation metric that selects the best checkpoint and stops early: auc, gauc, logloss, hr@K, ndcg@K."""
+    """Validation metric that selects the best checkpoint and stops early: auc, gauc, logloss, hr@K, ndcg@K, mrr@K."""
     patience: int = 3
     """Validations without a better metric after which a phase stops; 0: never."""
     ks: list[int] = field(default_factory=list)
-    """K of HR@K and NDCG@K against the stored negatives."""
+    """K of HR@K, NDCG@K and MRR@K against the stored negatives."""
     batch_size: int = 8192
     """Rows scored at a time, stored negatives included."""
+
+    def __post_init__(self) -> None:
+        at_least("evaluation", self, 0, "every", "patience")
+        at_least("evaluation", self, 1, "batch_size")
 
     @property
     def smaller_is_better(self) -> bool:
@@ -168,7 +188,5 @@ class TrainerOptions:
     def __post_init__(self) -> None:
         one_of("trainer.device", self.device, ("cpu", "cuda"))
         one_of("trainer.verify", self.verify, ("auto", "checksum", "size"))
-        if self.workers < 0:
-            raise UserError(f"trainer.workers={self.workers}: 0 runs in this process, more are Ray Train workers")
-        if self.threads < 1:
-            raise UserError(f"trainer.threads={self.threads}: must be at least 1")
+        at_least("trainer", self, 1, "epochs", "threads", "keep", "log_every")
+        at_least("trainer", self, 0, "workers", "max_steps", "checkpoint_every", "max_failures", "max_unknown")

@@ -67,6 +67,8 @@ class RunFolder:
 
     def check(self, config: TrainConfig) -> None:
         """Whether this folder can take the run: empty, not there, or this very run."""
+        if "://" in config.run:
+            raise UserError(f"run={config.run}: must be a folder that all workers see, not a URI")
         if self._config.exists():
             self._check_same(configuration.from_yaml(self._config.read_text()), config)
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):

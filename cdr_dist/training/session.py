@@ -22,7 +22,7 @@ from cdr_dist.embeddings.initialisation import initialise_dense
 from cdr_dist.embeddings.tables import ShardedTables
 from cdr_dist.embeddings.workers import rank, world_size
 from cdr_dist.errors import UserError
-from cdr_dist.training.checks import build_model, check_dataset, table_specs
+from cdr_dist.training.checks import build_model, check_dataset, check_weighable, table_specs
 from cdr_dist.training.dense import DenseStep
 
 _UPPER: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adagrad_norm": AdaGradNorm}
@@ -40,6 +40,8 @@ class Session:
         learned = any(getattr(update, "learned", False) for update in updates)
         needs_head = any(getattr(update, "needs_head", False) for update in updates)
         self.model = build_model(config).to(self.device)
+        if learned:
+            check_weighable(config, self.model)
         initialise_dense(self.model, config.seed)
         self.features = self.model.spec().features
         specs = table_specs(config, self.manifest, self.model)

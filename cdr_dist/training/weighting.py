@@ -54,10 +54,11 @@ class Uniform:
         return batch.source_valid * (self._gamma0 / batch.global_rows)
 
 
-class Planted:
+class OfKinds:
     """Planted data: gamma0 / B for the behaviours of the kept kinds (helpful, neutral, harmful), 0 for the rest."""
 
     learned = False
+    needs_truth = True
 
     def __init__(self, keep: list[str]) -> None:
         self._keep = list(keep)
@@ -80,10 +81,11 @@ class Learned:
     def bind(self, session: Session) -> None:
         assert session.perceptron is not None
         self._perceptron, self._tables = session.perceptron, session.tables
+        self._features = session.features
 
     def weights(self, batch: Batch, embedded: Mapping[str, Tensor]) -> Tensor | None:
         flows = self._perceptron.options.item_gradient
         # As released, the item that enters the global part takes a gradient, the perceptron's parameters never do.
         with nullcontext() if flows else torch.no_grad():
-            seen = perceptron_input(self._tables, batch.read, embedded, flows)
+            seen = perceptron_input(self._tables, self._features, batch.read, embedded, flows)
             return normalised(self._perceptron(seen), batch.source_valid, self._perceptron.gamma)

@@ -88,7 +88,7 @@ class StopWord:
 def _summary(
     config: TrainConfig, session: Session, loop: Loop, checkpoints: Checkpoints, place: RunFolder
 ) -> dict[str, Any] | None:
-    """DESIGN's summary.json; the metrics are those of the best checkpoint, the digest that of the last state."""
+    """What summary.json holds; the metrics are those of the best checkpoint, the digest that of the last state."""
     p, manifest = loop.progress, session.manifest
     digest = parameters_sha256(session)
     checkpoints.load_parameters(checkpoints.at(p.best_step))
