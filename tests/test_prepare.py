@@ -352,6 +352,22 @@ def test_columns_have_any_name_and_parquet_any_fitting_type(tmp_path: Path) -> N
     assert [found["12", n]["timestamp"] for n in range(3)] == [1, 2, 3]
 
 
+def test_each_domain_may_have_columns_of_its_own(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"user_id": [1, 1, 1], "item_id": [7, 8, 9], "timestamp": [1, 2, 3], "stars": [5, 1, 4]})
+    frame.write_csv(tmp_path / "s.csv")
+    frame.rename({"user_id": "reader"}).write_csv(tmp_path / "t.csv")
+    pl.DataFrame({"asin": [7, 8], "kind": ["x", "y"]}).write_csv(tmp_path / "items.csv")
+    words = f"source={tmp_path}/s.csv target={tmp_path}/t.csv target_items={tmp_path}/items.csv out={tmp_path}/out"
+    words += " columns.rating=stars target_columns.user=reader"
+    words += " target_item_columns.item=asin target_item_columns.category=kind"
+    manifest = prepare(options_from_words(words.split()))
+    assert manifest.counts["users"] == 1
+    categories = pl.read_parquet(f"{tmp_path}/out/{manifest.vocab['target_category'].path}")["key"].to_list()
+    assert sorted(categories) == ["others", "x", "y"]
+    assert manifest.options["target_columns.user"] == "reader"
+    assert "source_columns.user" not in manifest.options
+
+
 def test_the_same_options_keep_the_dataset_and_manifest_reads_back(tmp_path: Path) -> None:
     source, target = random_log(5, 20, 200), random_log(6, 20, 200)
     options, manifest = run(tmp_path, source, target)
@@ -365,11 +381,13 @@ def test_the_same_options_keep_the_dataset_and_manifest_reads_back(tmp_path: Pat
 
 def test_counts_table_says_what_was_prepared(tmp_path: Path) -> None:
     log = [("u", item, time, 5.0) for time, item in enumerate("abc")]
-    _, manifest = run(tmp_path, [*log, ("u", "d", 9, 1.0)], log)
+    target = [*log[:2], ("u", "c", 2, 1.0)]
+    _, manifest = run(tmp_path, [*log, ("u", "d", 9, 1.0), ("v", "a", 9, 1.0)], target)
     lines = [line.split() for line in counts_table(manifest).splitlines()]
-    assert lines[:5] == [["s", "t"], ["role", "source", "target"], ["users", "1", "1"], ["items", "4", "3"],
-                         ["behaviours", "4", "3"]]  # fmt: skip
-    assert lines[5:8] == [["train", "1"], ["valid", "1"], ["test", "1"]]
+    assert lines[:6] == [["s", "t"], ["role", "source", "target"], ["log", "users", "2", "1"], ["users", "1", "1"],
+                         ["items", "4", "3"], ["behaviours", "4", "3"]]  # fmt: skip
+    positive = ["100.0%", "positive"]
+    assert lines[6:9] == [["train", "1", *positive], ["valid", "1", *positive], ["test", "1", "0.0%", "positive"]]
 
 
 @pytest.fixture(scope="module")
@@ -426,5 +444,10 @@ def test_amazon_beauty_and_sports_have_the_known_counts(tmp_path: Path) -> None:
         "target_items": 6259,
         "source_behaviours": 28_380,
         "target_behaviours": 17_766,
+        "source_log_users": 22_363,
+        "target_log_users": 35_598,
+        "train_positives": 14_516,
+        "valid_positives": 1625,
+        "test_positives": 1625,
     }
     assert [manifest.examples(split) for split in SPLITS] == [14_516, 1625, 1625]

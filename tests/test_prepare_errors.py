@@ -124,6 +124,11 @@ def test_a_missing_option_is_named(name: str) -> None:
         (HEADER + "u\ti\t1\t5\nu\ti\t2\t5\n", "", "no user has 3 target behaviours, which split=leave_last needs: "
          "training, validation and test"),
         (GOOD, "split=time valid_from=0 test_from=2", "no target behaviour before valid_from=0: nothing to train on"),
+        (GOOD, "threshold=9", "threshold=9.0: no rating of t.tsv is above it: nothing to learn"),
+        (GOOD, "source_columns.user=uid", "s.tsv: no column 'uid' (source_columns.user=); found: user_id, item_id, "
+         "timestamp, rating"),
+        (GOOD, "target_items=s.tsv target_item_columns.category=kind", "s.tsv: no column 'kind' "
+         "(target_item_columns.category=); found: user_id, item_id, timestamp, rating"),
         (GOOD, "labels=sampled", "eval_negatives=1: the catalogue has 4 target items, of which one user leaves 0; "
          "take fewer negatives"),
         (GOOD, "source_domain=a target_domain=a", "both domains are named a: give source_domain= or target_domain="),

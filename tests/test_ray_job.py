@@ -109,7 +109,8 @@ def test_two_ray_workers_give_the_bits_of_two_gloo_workers(without_ray, tmp_path
         assert job.wait() == 0, job.error()
         assert job.out().startswith("biao: test AUC 0.")
         assert len(job.out().splitlines()) == 1
-        shown = job.error().splitlines()
+        first, *shown = job.error().splitlines()
+        assert first == "starting a local Ray for 2 workers, about half a minute"
         assert all(line.startswith("biao seed 8  step ") for line in shown), job.error()
         assert len(shown) == len(lines(tmp_path / "run", "train", "valid"))
     same_run(without_ray, tmp_path / "run")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cdr_dist.data.dataset import SPLITS, Manifest
+from cdr_dist.data.dataset import POSITIVES, SPLITS, Manifest
 
 
 def counts_table(manifest: Manifest) -> str:
@@ -13,11 +13,15 @@ def counts_table(manifest: Manifest) -> str:
     lines = [
         f"{'':12}{names[0]:>{width}}{names[1]:>{width}}",
         f"{'role':12}{'source':>{width}}{'target':>{width}}",
+        f"{'log users':12}" + "".join(f"{counts[f'{role}_log_users']:>{width},}" for role in ("source", "target")),
         f"{'users':12}{counts['users']:>{width},}{counts['users']:>{width},}",
     ]
     for what in ("items", "behaviours"):
         lines.append(f"{what:12}" + "".join(f"{counts[f'{role}_{what}']:>{width},}" for role in ("source", "target")))
-    lines += [f"{split:12}{'':{width}}{manifest.examples(split):>{width},}" for split in SPLITS]
+    for split, positives in zip(SPLITS, POSITIVES, strict=True):
+        rows = manifest.examples(split)
+        share = f"  {counts[positives] / rows:.1%} positive" if manifest.label == "rating" and rows else ""
+        lines.append(f"{split:12}{'':{width}}{rows:>{width},}{share}")
     for split, shares in manifest.unseen.items():
         lines.append(f"{split}: users that training never saw {shares['user']:.1%}, items {shares['item']:.1%} of rows")
     return "\n".join(lines)

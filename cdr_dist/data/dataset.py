@@ -22,6 +22,8 @@ from cdr_dist.errors import UserError
 SCHEMA_VERSION = 1
 PADDING, UNKNOWN, FIRST_ID = 0, 1, 2
 SPLITS = ("train", "valid", "test")
+POSITIVES = tuple(f"{split}_positives" for split in SPLITS)
+"""Entries of `counts`: rows with label 1."""
 VOCABULARIES = ("user", "source_item", "target_item", "source_category", "target_category")
 ROW_GROUP_ROWS = 20_000
 
@@ -81,7 +83,8 @@ class Manifest:
     label: str  # "rating" (stored) or "sampled" (negatives are drawn)
     eval_negatives: int  # stored negatives of each validation and test row; 0 with label="rating"
     rows: dict[str, int]  # vocabulary name -> rows, ids 0 and 1 included
-    counts: dict[str, int]  # users, source_items, source_behaviours, target_items, target_behaviours
+    counts: dict[str, int]
+    """users, {source,target}_{items,behaviours}, {source,target}_log_users (of the raw logs), {split}_positives"""
     unseen: dict[str, dict[str, float]]  # valid|test -> user|item -> share of rows training never saw
     unknown: dict[str, float]  # train|valid|test -> share of rows whose user or item id is unknown
     shards: dict[str, list[Shard]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -54,6 +55,7 @@ def write_planted(shape: Planted, folder: str) -> Manifest:
         with _lock(out):
             if not _holds(out, shape):
                 _check_replaceable(out)
+                print(f"writing planted data to {folder}", file=sys.stderr, flush=True)
                 _write(shape, out)
     return read_manifest(str(out))
 

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from cdr_dist.data.prepare_options import PrepareOptions
+from cdr_dist.data.prepare_options import Columns, PrepareOptions
 from cdr_dist.data.sources import table
 from cdr_dist.errors import UserError
 
@@ -21,24 +21,22 @@ SCHEMA = {
 }
 
 
-def needed_columns(options: PrepareOptions, found: list[str], has_item_file: bool) -> dict[str, str]:
-    """`option -> column` of a log. The default category column is left out where the log does not have it."""
-    columns = options.columns
-    needed = {f"columns.{name}": getattr(columns, name) for name in ("user", "item", "timestamp")}
-    if options.labels == "rating":
-        needed["columns.rating"] = columns.rating
-    optional = columns.category == type(columns)().category and columns.category not in found
+def needed_columns(options: PrepareOptions, role: str, found: list[str], has_item_file: bool) -> dict[str, str]:
+    """`option -> column` of a domain's log. The default category column is left out where the log does not have it."""
+    columns = options.columns_of(role)
+    names = ["user", "item", "timestamp"] + (["rating"] if options.labels == "rating" else [])
+    optional = columns["category"][1] == Columns().category and columns["category"][1] not in found
     if not has_item_file and not optional:
-        needed["columns.category"] = columns.category
-    return needed
+        names.append("category")
+    return dict(columns[name] for name in names)
 
 
-def read(uri: str, options: PrepareOptions, has_item_file: bool) -> Iterator[pl.DataFrame]:
-    """The interactions (`SCHEMA`) of one file in file order; duplicates are kept, each is a behaviour.
+def read(uri: str, options: PrepareOptions, role: str, has_item_file: bool) -> Iterator[pl.DataFrame]:
+    """The interactions (`SCHEMA`) of a file of a domain's log, in file order; duplicates are kept, each is a behaviour.
 
     UserError: unreadable file, missing column, an empty id, a rating or timestamp that is not a number.
     """
-    needed = needed_columns(options, table.column_names(uri), has_item_file)
+    needed = needed_columns(options, role, table.column_names(uri), has_item_file)
     table.require_columns(uri, needed)
     for first, batch in table.first_rows(table.batches(uri, sorted(set(needed.values()))), uri):
         yield _typed(batch, needed, options, _Place(uri, first))
@@ -59,7 +57,7 @@ class _Place:
 
 def _typed(batch: pa.RecordBatch, needed: dict[str, str], options: PrepareOptions, place: _Place) -> pl.DataFrame:
     raw = pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch])))
-    columns = {option.removeprefix("columns."): raw[name] for option, name in needed.items()}
+    columns = {option.rpartition(".")[2]: raw[name] for option, name in needed.items()}
     ratings = _ratings(columns["rating"], place) if "rating" in columns else None
     labels = pl.repeat(1.0, raw.height, eager=True) if ratings is None else (ratings > options.threshold)
     categories = columns.get("category", pl.repeat(None, raw.height, dtype=pl.String, eager=True))
@@ -122,23 +120,22 @@ def user_bucket(user_ids: pl.Series, buckets: int) -> np.ndarray:
     return (user_ids.hash(seed=0) % buckets).to_numpy().astype(np.int64)
 
 
-def check_item_file(uri: str, options: PrepareOptions) -> None:
+def check_item_file(uri: str, options: PrepareOptions, role: str) -> None:
     """UserError: missing, unreadable, not one file, or without the columns."""
     if table.files(uri) != [uri]:
         raise UserError(f"{uri}: the items of a domain stand in one file")
-    columns = options.item_columns
-    table.require_columns(uri, {"item_columns.item": columns.item, "item_columns.category": columns.category})
+    table.require_columns(uri, dict(options.columns_of(role, "item_columns").values()))
 
 
-def category_of_items(uri: str, options: PrepareOptions) -> pl.DataFrame:
+def category_of_items(uri: str, options: PrepareOptions, role: str) -> pl.DataFrame:
     """`item_id, category` of an item file; of an item listed twice, the first line counts.
 
     UserError: unreadable file, an empty item id.
     """
-    columns = options.item_columns
+    item, category = (column for _, column in options.columns_of(role, "item_columns").values())
     parts = [pl.DataFrame(schema={"item_id": pl.String, "category": pl.String})]
-    for first, batch in table.first_rows(table.batches(uri, [columns.item, columns.category]), uri):
+    for first, batch in table.first_rows(table.batches(uri, [item, category]), uri):
         raw = pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch])))
-        ids = _ids(raw[columns.item], "item", _Place(uri, first))
-        parts.append(pl.DataFrame({"item_id": ids, "category": _or_null(raw[columns.category].cast(pl.String))}))
+        ids = _ids(raw[item], "item", _Place(uri, first))
+        parts.append(pl.DataFrame({"item_id": ids, "category": _or_null(raw[category].cast(pl.String))}))
     return pl.concat(parts).unique("item_id", keep="first", maintain_order=True)

@@ -20,6 +20,7 @@ class Log:
     """One file of a domain's log, to be scattered."""
 
     uri: str
+    role: str
     has_item_file: bool
     partitions: int
     scratch: str  # the folder of this file's spill files
@@ -41,7 +42,7 @@ def scatter(log: Log) -> list[str]:
 
 def _pieces(log: Log) -> Iterator[pl.DataFrame]:
     pending: list[pl.DataFrame] = []
-    for batch in interactions.read(log.uri, log.options, log.has_item_file):
+    for batch in interactions.read(log.uri, log.options, log.role, log.has_item_file):
         pending.append(batch)
         if sum(b.height for b in pending) >= SPILL_ROWS:
             yield pl.concat(pending)
@@ -71,6 +72,9 @@ class PartitionCounts:
     source_behaviours: int
     target_behaviours: int
     splits: list[int]  # target behaviours of train, valid, test
+    positives: list[int]  # those of them with label 1
+    source_log_users: int
+    target_log_users: int
 
 
 def order(partition: Partition) -> PartitionCounts:
@@ -80,9 +84,8 @@ def order(partition: Partition) -> PartitionCounts:
     """
     options = partition.options
     source, target = (_interactions(files, partition.number) for files in (partition.source, partition.target))
-    kept = target.select("user_id").unique()
-    if options.users == "both":
-        kept = kept.join(source.select("user_id").unique(), on="user_id", how="semi")
+    in_source, in_target = source.select("user_id").unique(), target.select("user_id").unique()
+    kept = in_target.join(in_source, on="user_id", how="semi") if options.users == "both" else in_target
     users = kept.sort("user_id").with_row_index("user")
     source, source_items = _ordered(source, users)
     target, target_items = _ordered(target, users)
@@ -105,7 +108,15 @@ def order(partition: Partition) -> PartitionCounts:
     }
     for name, rows in outputs.items():
         spill.write_all(partition.file(name), rows.to_arrow(compat_level=pl.CompatLevel.oldest()))
-    return PartitionCounts(users.height, source.height, target.height, np.bincount(split, minlength=3).tolist())
+    return PartitionCounts(
+        users.height,
+        source.height,
+        target.height,
+        np.bincount(split, minlength=3).tolist(),
+        np.bincount(split[target_rows.label > 0], minlength=3).tolist(),
+        in_source.height,
+        in_target.height,
+    )
 
 
 def _interactions(files: list[str], number: int) -> pl.DataFrame:

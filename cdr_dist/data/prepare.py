@@ -25,7 +25,7 @@ from typing import Any
 import polars as pl
 
 from cdr_dist.data import examples, interactions, partitions, shuffle, spill, storage, vocabularies
-from cdr_dist.data.dataset import FIRST_ID, SPLITS, Manifest, Shard, read_manifest
+from cdr_dist.data.dataset import FIRST_ID, POSITIVES, SPLITS, Manifest, Shard, read_manifest
 from cdr_dist.data.partitions import Partition, PartitionCounts
 from cdr_dist.data.prepare_options import PrepareOptions, options_from_words
 from cdr_dist.data.sources import table
@@ -89,10 +89,10 @@ def _inputs(options: PrepareOptions) -> Inputs:
     for role, uris in files.items():
         item_file = getattr(options, f"{role}_items")
         for uri in uris:
-            needed = interactions.needed_columns(options, table.column_names(uri), bool(item_file))
+            needed = interactions.needed_columns(options, role, table.column_names(uri), bool(item_file))
             table.require_columns(uri, needed)
         if item_file:
-            interactions.check_item_file(item_file, options)
+            interactions.check_item_file(item_file, options, role)
     sizes = {uri: storage.size(uri) for uris in files.values() for uri in uris}
     text = sum(size if uri.endswith(tuple(table.SEPARATORS)) else COMPRESSION * size for uri, size in sizes.items())
     count = options.partitions or min(MOST_PARTITIONS, -(-text // PARTITION_BYTES))
@@ -154,6 +154,7 @@ def _scatter(options: PrepareOptions, inputs: Inputs, work: str) -> list[Partiti
     logs = [
         partitions.Log(
             uri,
+            role,
             bool(getattr(options, f"{role}_items")),
             inputs.partitions,
             storage.join(work, "interactions", role, f"{number:05d}"),
@@ -178,6 +179,13 @@ def _check_counts(options: PrepareOptions, counted: list[PartitionCounts]) -> No
         raise UserError("no user has 3 target behaviours, which split=leave_last needs: training, validation and test")
     if not rows[0]:
         raise UserError(f"no target behaviour before valid_from={options.valid_from}: nothing to train on")
+    positives = sum(_sum([c.positives for c in counted]))
+    if not positives:
+        raise UserError(f"threshold={options.threshold}: no rating of {options.target} is above it: nothing to learn")
+    if options.labels == "rating" and positives == sum(rows):
+        log.warning(
+            "threshold=%s: every rating of %s is above it; see labels=sampled", options.threshold, options.target
+        )
 
 
 def _sum(lists: list[list[int]]) -> list[int]:
@@ -189,7 +197,7 @@ def _number(options: PrepareOptions, parts: list[Partition]) -> tuple[pl.DataFra
     items = {}
     for role in ("source", "target"):
         uri = getattr(options, f"{role}_items")
-        categories = interactions.category_of_items(uri, options) if uri else None
+        categories = interactions.category_of_items(uri, options, role) if uri else None
         items[role] = vocabularies.merge_items(parts, role, categories, train_only)
     return vocabularies.merge_users(parts, train_only), items
 
@@ -259,6 +267,8 @@ def _manifest(
             "source_behaviours": sum(c.source_behaviours for c in counted),
             "target_items": vocab["target_item"].rows,
             "target_behaviours": sum(c.target_behaviours for c in counted),
+            **{f"{role}_log_users": sum(getattr(c, f"{role}_log_users") for c in counted) for role in inputs.files},
+            **dict(zip(POSITIVES, _sum([c.positives for c in counted]), strict=True)),
         },
         unseen={split: {"user": user[i], "item": item[i]} for i, split in enumerate(SPLITS) if split != "train"},
         unknown=dict(zip(SPLITS, shares("unknown"), strict=True)),

@@ -19,6 +19,8 @@ CHOICES = {
     "history": ("past", "train"),
 }
 REQUIRED = ("source", "target", "out")
+OWN = tuple(f"{role}_{group}." for role in ("source", "target") for group in ("columns", "item_columns"))
+"""Options that hold for one domain's files only; empty: what columns.* and item_columns.* say."""
 NOT_CONTENT = ("out", "workers", "partitions")
 """Options that never change a byte of the dataset, so the manifest leaves them out."""
 
@@ -60,6 +62,10 @@ class PrepareOptions:
     target_domain: str = _option("", "name of the target domain; empty: the log's file name")
     columns: Columns = field(default_factory=Columns)
     item_columns: ItemColumns = field(default_factory=ItemColumns)
+    source_columns: Columns = field(default_factory=lambda: Columns(*[""] * 5))
+    target_columns: Columns = field(default_factory=lambda: Columns(*[""] * 5))
+    source_item_columns: ItemColumns = field(default_factory=lambda: ItemColumns(*[""] * 2))
+    target_item_columns: ItemColumns = field(default_factory=lambda: ItemColumns(*[""] * 2))
     labels: str = _option("rating", "rating: label 1 where rating > threshold; sampled: all 1, negatives drawn")
     threshold: float = _option(3.0, "ratings above it are positive (labels=rating)")
     eval_negatives: int = _option(1, "negatives stored with a validation or test row (labels=sampled)")
@@ -109,10 +115,20 @@ class PrepareOptions:
         """Negatives of each validation and test row."""
         return self.eval_negatives if self.labels == "sampled" else 0
 
+    def columns_of(self, role: str, group: str = "columns") -> dict[str, tuple[str, str]]:
+        """Of a domain's log (or its item file, group="item_columns"): name -> (option that says so, column)."""
+        own, general = getattr(self, f"{role}_{group}"), getattr(self, group)
+        found = {}
+        for f in dataclasses.fields(general):
+            of_own = getattr(own, f.name)
+            option = f"{role}_{group}.{f.name}" if of_own else f"{group}.{f.name}"
+            found[f.name] = (option, of_own or getattr(general, f.name))
+        return found
+
     def content(self) -> dict[str, Any]:
         """Flat `name -> value` of the options that decide the dataset's content."""
         flat = {name: _get(self, name) for name in option_names()}
-        return {name: value for name, value in flat.items() if name not in NOT_CONTENT}
+        return {n: value for n, value in flat.items() if n not in NOT_CONTENT and (value or not n.startswith(OWN))}
 
 
 def _check(holds: bool, message: str) -> None:
@@ -169,8 +185,11 @@ def _value(name: str, text: str, kind: Any) -> Any:
 def _build(given: dict[str, Any]) -> PrepareOptions:
     flat = {name: value for name, value in given.items() if "." not in name}
     for group, cls in (("columns", Columns), ("item_columns", ItemColumns)):
-        start = f"{group}."
-        flat[group] = cls(**{n.removeprefix(start): v for n, v in given.items() if n.startswith(start)})
+        for role in ("", "source_", "target_"):
+            start = f"{role}{group}."
+            own = {n.removeprefix(start): v for n, v in given.items() if n.startswith(start)}
+            unset = {f.name: "" for f in dataclasses.fields(cls)} if role else {}
+            flat[role + group] = cls(**unset | own)
     return PrepareOptions(**flat)
 
 
@@ -178,6 +197,10 @@ def describe_options() -> str:
     """One line for each option: name, default, meaning."""
     lines = []
     for name, (_, f) in _fields().items():
+        if name.startswith(OWN):
+            continue
         default = "(required)" if name in REQUIRED else "" if f.default is None else f.default
         lines.append(f"  {name + '=' + str(default):34} {f.metadata['doc']}")
+    lines.append(f"  {'source_columns.*, target_columns.*':34} as columns.*, for one domain's log only")
+    lines.append(f"  {'source_item_columns.*, target_…':34} as item_columns.*, for one domain's item file only")
     return "\n".join(lines)

@@ -156,6 +156,7 @@ def cluster(workers: int) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
+        print(f"starting a local Ray for {workers} workers, about half a minute", file=sys.stderr, flush=True)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one more process, for cloud nodes
         ray.init(
