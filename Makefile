@@ -8,7 +8,7 @@ setup:
 train: setup
 	@$(python) jobs/demo.py
 test: setup
-	@$(python) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
+	@$(python) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 lint: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 lock: setup

