@@ -8,7 +8,6 @@ import torch
 
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
 from cdr_dist.models.protocol import cross_entropy
-from cdr_dist.training.upper import counted
 from cdr_dist.training.weighting import Weighting
 
 if TYPE_CHECKING:
@@ -35,8 +34,7 @@ class Lower:
     def run(self, stop_wanted: bool) -> dict[str, float]:
         """One update. Numbers are sums over workers: `loss`, and `stop` > 0 where a worker was told to stop."""
         s = self._session
-        fed = s.lower.next()
-        batch = counted(fed.batch) if s.hold_out else fed.batch
+        batch = s.counted(s.lower.next().batch)
         rows = s.tables.rows(ids_by_table(batch.train, s.features))
         embedded = rows_by_feature(rows, batch.train, s.features)
         output = s.model(embedded, batch)

@@ -20,7 +20,7 @@ from cdr_dist.data.shards import ShardReader
 from cdr_dist.data.stream import Rows, Stream
 from cdr_dist.embeddings.initialisation import initialise_dense
 from cdr_dist.embeddings.tables import ShardedTables
-from cdr_dist.embeddings.workers import rank, world_size
+from cdr_dist.embeddings.workers import rank, sum_over_workers, world_size
 from cdr_dist.errors import UserError
 from cdr_dist.training.checks import build_model, check_dataset, check_weighable, table_specs
 from cdr_dist.training.dense import DenseStep
@@ -90,6 +90,12 @@ class Session:
             Stream(reader, rows, self.config.stream, self.config.seed, split, lane, lanes, shuffle=False)
             for lane in lanes_of(self.rank, self.workers, lanes)
         ]
+
+    def counted(self, batch: Batch, always: bool = False) -> Batch:
+        """With global_rows = the rows of all workers that have a weight: where rows are held out, only they know."""
+        if self.hold_out is None and not always:
+            return batch
+        return dataclasses.replace(batch, global_rows=max(1, round(float(sum_over_workers(batch.weight.sum())))))
 
     def close(self) -> None:
         self.lower.close()

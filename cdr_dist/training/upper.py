@@ -10,7 +10,7 @@ from cdr_dist.bilevel.hypergradient import Hypergradient, hypergradient
 from cdr_dist.data.batch import Batch
 from cdr_dist.data.stream import Place
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
-from cdr_dist.embeddings.workers import reduce_flat, sum_over_workers
+from cdr_dist.embeddings.workers import reduce_flat
 from cdr_dist.models.protocol import cross_entropy
 
 if TYPE_CHECKING:
@@ -70,10 +70,9 @@ class Upper:
         s = self._session
         fed, draws = s.lower.peek(), s.config.upper.source_draws
         if draws == 1:
-            return counted(fed.batch) if s.hold_out else fed.batch
+            return s.counted(fed.batch)
         rows = fed.batch.global_rows // s.builder.expansion
-        batch = s.builder.train(fed.table, fed.place.epoch, rows, s.hold_out, draws).to(s.device)
-        return counted(batch) if s.hold_out else batch
+        return s.counted(s.builder.train(fed.table, fed.place.epoch, rows, s.hold_out, draws).to(s.device))
 
     def _dev_batch(self) -> Batch:
         s = self._session
@@ -83,7 +82,7 @@ class Upper:
         rows = fed.batch.global_rows // s.builder.expansion
         each = s.config.upper.dev_behaviours
         batch = s.builder.dev_of_same_users(fed.table, fed.place.epoch, rows, s.hold_out, each)
-        return counted(batch.to(s.device))
+        return s.counted(batch.to(s.device), always=True)
 
     def _refresh_head(self) -> None:
         """The released way: the extra head learns on the first batches of the dev stream, always the same ones."""
@@ -105,9 +104,3 @@ class Upper:
             s.optimisers["dev_head"].step()
             s.optimisers["dev_head"].zero_grad(set_to_none=True)
         feed.close()
-
-
-def counted(batch: Batch) -> Batch:
-    """The batch with global_rows = the rows of all workers that count: where rows are held out, only they know."""
-    batch.global_rows = max(1, round(float(sum_over_workers(batch.weight.sum()))))
-    return batch
