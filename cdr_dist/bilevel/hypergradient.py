@@ -28,6 +28,7 @@ from cdr_dist.embeddings.tables import ShardedTables
 from cdr_dist.embeddings.workers import reduce_flat, sum_over_workers, world_size
 from cdr_dist.errors import UserError
 from cdr_dist.models.protocol import Backbone, Labels, Output, cross_entropy
+from cdr_dist.profiling import span
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,18 @@ class _Problem:
         embedded = self._rows.embedded()
         item_gradient = perceptron.options.item_gradient
         seen = perceptron_input(tables, self._features, train.read, embedded, item_gradient)
-        self._weights = normalised(perceptron(seen), train.source_valid, perceptron.gamma)
+        with span("upper weights"):
+            self._weights = normalised(perceptron(seen), train.source_valid, perceptron.gamma)
         # Weights do not depend on theta, so the second-order graph needs them as a leaf only: the perceptron is
         # differentiated once, at the end. As released (item_gradient) they do, and stay in the graph.
         self._leaf = self._weights if item_gradient else self._weights.detach().requires_grad_()
-        output = self._call(embedded, train)
-        target, source = model.losses(output, train)  # type: ignore[operator]
-        assert source is not None, "the upper step needs a source loss"
-        loss = (train.weight * target).sum() / train.global_rows + (self._leaf * source).sum()
-        self._gradient = torch.autograd.grad(loss * self._local_factor, self._theta, create_graph=True)
+        with span("train forward"):
+            output = self._call(embedded, train)
+            target, source = model.losses(output, train)  # type: ignore[operator]
+            assert source is not None, "the upper step needs a source loss"
+            loss = (train.weight * target).sum() / train.global_rows + (self._leaf * source).sum()
+        with span("train gradient with graph"):
+            self._gradient = torch.autograd.grad(loss * self._local_factor, self._theta, create_graph=True)
 
     @property
     def _local_factor(self) -> int:
@@ -121,13 +125,15 @@ class _Problem:
     def dev_gradient(self, dev_head: nn.Module | None, dev: Batch) -> list[Tensor]:
         """grad_theta L_dev: dense part summed over workers, rows aligned by id with the train batch's rows."""
         rows = ResidentRows(dev.train, self._features).read(self._tables, self._dtype)
-        output = self._call(rows.embedded(), dev)
-        logit = output.target_logit if dev_head is None else dev_head(output.target_features).squeeze(1)
-        loss = (dev.weight * cross_entropy(logit, dev.label)).sum() / dev.global_rows * self._local_factor
+        with span("dev forward"):
+            output = self._call(rows.embedded(), dev)
+            logit = output.target_logit if dev_head is None else dev_head(output.target_features).squeeze(1)
+            loss = (dev.weight * cross_entropy(logit, dev.label)).sum() / dev.global_rows * self._local_factor
         dense = [self._dense[n] for n in self._dense_names]
         named = [t for t in self._row_names if t in rows.rows]
         inputs = [*dense, *(rows.rows[t] for t in named)]
-        found = list(torch.autograd.grad(loss, inputs, materialize_grads=True))
+        with span("dev gradient"):
+            found = list(torch.autograd.grad(loss, inputs, materialize_grads=True))
         by_table = {t: torch.zeros_like(r) for t, r in rows.rows.items()}
         by_table |= dict(zip(named, found[len(dense) :], strict=True))
         pulled = self._exchange.pull(self._exchange_of(rows), by_table)
@@ -136,9 +142,10 @@ class _Problem:
 
     def hessian_vector(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """H v summed over workers, from the kept graph."""
-        product = torch.autograd.grad(
-            self._gradient, self._theta, grad_outputs=list(vector), retain_graph=True, materialize_grads=True
-        )
+        with span("Hessian-vector product"):
+            product = torch.autograd.grad(
+                self._gradient, self._theta, grad_outputs=list(vector), retain_graph=True, materialize_grads=True
+            )
         return self._summed(product)
 
     def mixed(self, vector: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -149,9 +156,12 @@ class _Problem:
             along = torch.stack([(g * v).sum() for g, v in zip(self._gradient, vector, strict=True)]).sum()
         else:
             # d/dw_j of (vector . gradient) is how much behaviour j's loss changes along the vector.
-            (slope,) = torch.autograd.grad(self._gradient, [self._leaf], grad_outputs=list(vector))
+            with span("mixed: by weight"):
+                (slope,) = torch.autograd.grad(self._gradient, [self._leaf], grad_outputs=list(vector))
             along = (self._weights * slope).sum()
-        summed = reduce_flat(list(torch.autograd.grad(along, phi, materialize_grads=True)))
+        with span("mixed: perceptron"):
+            by_phi = torch.autograd.grad(along, phi, materialize_grads=True)
+        summed = reduce_flat(list(by_phi))
         by_behaviour = -slope.detach() / self._local_factor if slope is not None else None
         return {n: -g / self._local_factor for n, g in zip(names, summed, strict=True)}, by_behaviour
 

@@ -8,6 +8,7 @@ import torch
 
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
 from cdr_dist.models.protocol import cross_entropy
+from cdr_dist.profiling import span
 from cdr_dist.training.weighting import Weighting
 
 if TYPE_CHECKING:
@@ -35,18 +36,21 @@ class Lower:
         """One update. Numbers are sums over workers: `loss`, and `stop` > 0 where a worker was told to stop."""
         s = self._session
         batch = s.counted(s.lower.next().batch)
-        rows = s.tables.rows(ids_by_table(batch.train, s.features))
-        embedded = rows_by_feature(rows, batch.train, s.features)
-        output = s.model(embedded, batch)
-        target, source = s.model.losses(output, batch)
-        target_loss = (batch.weight * target).sum() / batch.global_rows
-        weights = None if source is None else self._weighting.weights(batch, embedded)
+        with span("lower forward"):
+            rows = s.tables.rows(ids_by_table(batch.train, s.features))
+            embedded = rows_by_feature(rows, batch.train, s.features)
+            output = s.model(embedded, batch)
+            target, source = s.model.losses(output, batch)
+            target_loss = (batch.weight * target).sum() / batch.global_rows
+        with span("lower weights"):
+            weights = None if source is None else self._weighting.weights(batch, embedded)
         source_loss = target_loss.new_zeros(()) if weights is None else (weights * source).sum()
         total = target_loss + source_loss
         if self._head is not None:
             logit = self._head(output.target_features.detach()).squeeze(1)
             total = total + (batch.weight * cross_entropy(logit, batch.label)).sum() / batch.global_rows
-        total.backward()
+        with span("lower backward"):
+            total.backward()
         s.passes["lower"] += 1
         told = torch.tensor(float(stop_wanted))
         loss, source_part, stop = s.dense_step([target_loss, source_loss, told])

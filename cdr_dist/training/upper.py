@@ -12,6 +12,7 @@ from cdr_dist.data.stream import Place
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
 from cdr_dist.embeddings.workers import reduce_flat
 from cdr_dist.models.protocol import cross_entropy
+from cdr_dist.profiling import span
 
 if TYPE_CHECKING:
     from cdr_dist.training.session import Session
@@ -93,11 +94,12 @@ class Upper:
         parameters = list(s.dev_head.parameters())
         for _ in range(self._refresh):
             batch = feed.next().batch
-            with torch.no_grad():
+            with span("head forward"), torch.no_grad():
                 rows = s.tables.read(ids_by_table(batch.train, s.features))
                 features = s.model(rows_by_feature(rows, batch.train, s.features), batch).target_features
             loss = cross_entropy(s.dev_head(features).squeeze(1), batch.label)
-            (batch.weight * loss).sum().div(batch.global_rows).backward()
+            with span("head backward"):
+                (batch.weight * loss).sum().div(batch.global_rows).backward()
             s.passes["head"] += 1
             for p, g in zip(parameters, reduce_flat([p.grad for p in parameters if p.grad is not None]), strict=True):
                 p.grad = g
