@@ -67,6 +67,22 @@ def test_equals_the_attention_written_out(copies, padding, scale):
     assert difference(copies, padding, scale) < 1e-9
 
 
+def test_few_buckets_where_there_is_little_to_compute(monkeypatch):
+    """Every history once, in a bucket that holds it; all buckets give the same."""
+    lengths = torch.randint(0, 60, (200,), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for flops in (1e-3, 1e3, 1e9):
+        buckets = module._buckets(lengths, None, flops)
+        found[flops] = len(buckets)
+        members = torch.cat([rows for rows, _ in buckets])
+        assert sorted(members.tolist()) == lengths.nonzero().squeeze(1).tolist()
+        assert all(lengths[rows].max() <= size for rows, size in buckets)
+    assert found[1e-3] == 1 < found[1e3] < found[1e9] == 12
+    for limit in (0.0, 1e12):
+        monkeypatch.setattr(module, "BUCKET_FLOPS", limit)
+        assert difference(3, None, 0.3) < 1e-9
+
+
 def test_scores_far_apart_need_the_unfactored_softmax():
     with replaced(module, "WIDE", float("inf")):
         assert difference(3, None, 0.3) < 1e-9

@@ -13,6 +13,7 @@ W = [W_h | W_s] (history half, source half), five things fall out of the loop ov
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -49,7 +50,8 @@ class PooledAttention(nn.Module):
         from_source = (source @ query[:, half:].T).view(-1, copies, self.heads, self.head_width)
         pooled = torch.zeros_like(from_source)
         starts = lengths.cumsum(0) - lengths
-        for members, size in _buckets(lengths, self.padding):
+        pair_flops = 2.0 * self.heads * (self.head_width + 3 * copies)
+        for members, size in _buckets(lengths, self.padding, pair_flops):
             pooled = pooled.index_copy(
                 0, members, self._bucket(unique, position, starts, lengths, from_source, members, size)
             )
@@ -103,16 +105,33 @@ def _shares(between: Tensor, added: Tensor, counted: Tensor) -> Tensor:
     return b * ((counted / (b @ a.transpose(2, 3))) @ a)
 
 
-def _buckets(lengths: Tensor, padding: int | None) -> list[tuple[Tensor, int]]:
-    """(rows, size) groups of similar length: sizes 1, 2, 3, 4, 6, 8, 12, 16, …, so that little is filled up."""
+BUCKET_FLOPS = 5e5
+"""About what a machine computes in the time that one more bucket takes to set up."""
+
+
+def _buckets(lengths: Tensor, padding: int | None, pair_flops: float) -> list[tuple[Tensor, int]]:
+    """(rows, size) groups of similar length, so that little is filled up; few where there is little to compute.
+
+    Sizes are among 1, 2, 3, 4, 6, 8, 12, 16, …; pair_flops: of one pair of positions.
+    """
     if padding is not None:
         return [(torch.arange(len(lengths), device=lengths.device), padding)]
     longest = int(lengths.max()) if len(lengths) else 0
-    out, low, size = [], 0, 1
-    while low < longest:
+    sizes, size = [0], 1
+    while sizes[-1] < longest:
+        sizes.append(min(size, longest))
+        size = size + 1 if size < 4 else (size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3)
+    steps = torch.tensor(sizes, device=lengths.device)
+    of_size = torch.bincount(torch.bucketize(lengths, steps), minlength=len(sizes)).tolist()  # one wait for a device
+    bounds, top = [longest], longest
+    for i in range(len(sizes) - 2, 0, -1):
+        if of_size[i] * (top**2 - sizes[i] ** 2) * pair_flops > BUCKET_FLOPS:
+            bounds.append(sizes[i])
+            top = sizes[i]
+    bounds.append(0)
+    out = []
+    for size, low in itertools.pairwise(bounds):
         members = ((lengths > low) & (lengths <= size)).nonzero().squeeze(1)
         if len(members):
-            out.append((members, min(size, longest)))
-        low = size
-        size = size + 1 if size < 4 else (size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3)
+            out.append((members, size))
     return out
