@@ -140,6 +140,13 @@ def test_a_lost_worker_a_lost_driver_and_a_stop_change_no_bit(without_ray, tmp_p
     same_run(without_ray, run)
 
 
+def test_ray_train_still_has_the_handler_of_ctrl_c_that_we_leave_out():
+    """`launch._trainer` overrides it; under another name it would abort runs again."""
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    assert callable(vars(DataParallelTrainer)["_register_sigint_handler"])
+
+
 def test_what_a_worker_finds_wrong_is_one_line(tmp_path):
     """A damaged page that the size does not show: found by the worker that reads it, while it trains."""
     dataset = copied(rated(), tmp_path)

@@ -114,8 +114,12 @@ def _trainer(config: TrainConfig, folder: str, place: RunFolder) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ray Train's would abort the run on Ctrl-C; `stopped_by_signals` lets it finish its step."""
+
     cuda = config.trainer.device == "cuda"
-    return TorchTrainer(
+    return Trainer(
         ray_worker,
         train_loop_config={"config": to_yaml(config), "folder": folder, "run": str(place.path)},
         scaling_config=ScalingConfig(num_workers=config.trainer.workers, use_gpu=cuda),
