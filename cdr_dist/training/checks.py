@@ -36,7 +36,7 @@ def check_before_start(config: TrainConfig, folder: str) -> Manifest:
         raise UserError("tables.optimiser=adam: FBGEMM has no Adam on CPU; use rowwise_adagrad, adagrad or sgd")
     if not config.recipe.phases:
         raise UserError(f"recipe={config.recipe.name}: has no phases")
-    _check_theta(config, _check_model(config))
+    _check_model(config)
     _check_memory(config, table_bytes(config, manifest))
     return manifest
 
@@ -84,11 +84,15 @@ def check_updates(config: TrainConfig, folder: str) -> None:
 
 
 def check_weighable(config: TrainConfig, model: Any) -> None:
-    """The perceptron reads items and categories of both domains, and there must be a source loss to weigh."""
+    """UserError: a feature that the perceptron reads and the model does not, no source loss, a theta of no table."""
     lacking = [f for f in FEATURES[1:] if f not in model.spec().features]
     if lacking or not config.recipe.source:
         what = f"the model does not read {lacking[0]}" if lacking else "the recipe has source: false"
         raise UserError(f"recipe={config.recipe.name}: weighs source behaviours, but {what}")
+    known = [DENSE, ALL_TABLES, *model.spec().tables]
+    for name in config.hypergradient.theta:
+        if name not in known:
+            raise UserError(f"hypergradient.theta: '{name}' is unknown; {nearest(name, known)}")
 
 
 def table_specs(config: TrainConfig, manifest: Manifest, model: Any) -> list[TableSpec]:
@@ -100,7 +104,7 @@ def table_specs(config: TrainConfig, manifest: Manifest, model: Any) -> list[Tab
     return [TableSpec(name, rows[name], o.width, o.init_std) for name in model.spec().tables]
 
 
-def _check_model(config: TrainConfig) -> Any:
+def _check_model(config: TrainConfig) -> None:
     """The backbone, after two rows have gone through it. UserError: what docs/backbone.md asks for and it lacks."""
     model = build_model(config)
     name = f"model {config.model['_target_']}"
@@ -132,18 +136,10 @@ def _check_model(config: TrainConfig) -> Any:
     lost = [h for h in heads if config.recipe.source and not any(n.startswith(h) for n in known)]
     if lost:
         raise UserError(f"{name}: heads() names {lost[0]}, and no parameter's name starts with it")
-    return model
 
 
 class _TwoLabels:
     label = source_label = torch.tensor([1.0, 0.0])
-
-
-def _check_theta(config: TrainConfig, model: Any) -> None:
-    known = [DENSE, ALL_TABLES, *model.spec().tables]
-    for name in config.hypergradient.theta:
-        if name not in known:
-            raise UserError(f"hypergradient.theta: '{name}' is unknown; {nearest(name, known)}")
 
 
 def check_dataset(config: TrainConfig, manifest: Manifest) -> None:
