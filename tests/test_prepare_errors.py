@@ -231,7 +231,7 @@ def test_a_failure_of_the_program_leaves_nothing_either(folder: Path, monkeypatc
 
 def test_what_a_killed_run_left_does_no_harm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("cdr_dist.data.storage.remove_folder", lambda uri: None)
+        patch.setattr("cdr_dist.data.storage.remove_folder", lambda uri, tries=0: None)
         patch.setattr("cdr_dist.data.storage.move_folder", lambda *_, **__: None)
         prepare(options_from_words([*WORDS, "partitions=4"]))
     (left,) = (path for path in folder.iterdir() if path.is_dir())

@@ -331,9 +331,8 @@ class _Stored:
 def item_categories(folder: str, manifest: Manifest, domain: str) -> NDArray[np.int64]:
     """The category id of every item id of a domain [rows]."""
     uri = storage.join(folder, manifest.vocab[f"{domain}_item"].path)
-    table = storage.with_deadline(
-        lambda: pq.read_table(pa.BufferReader(storage.read_bytes(uri)), columns=["id", "category"]), uri
-    )
+    with storage.naming(uri):
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)), columns=["id", "category"])
     found = np.zeros(manifest.rows[f"{domain}_item"], dtype=np.int64)
     found[table.column("id").to_numpy()] = table.column("category").to_numpy()
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from cdr_dist.errors import UserError
@@ -35,3 +36,23 @@ class BatchOptions:
             raise UserError(f"batch.negatives={self.negatives}: at least one negative a positive is needed")
         if self.history_length < 1:
             raise UserError(f"batch.history_length={self.history_length}: must be at least 1")
+
+
+@dataclass
+class StorageOptions:
+    """Reading and writing files, local ones and those of an object store (docs/object-storage.md)."""
+
+    deadline_s: float = 30.0
+    """Longest wait for one request (of 32 MiB at most), in seconds."""
+    tries: int = 5
+    """How often a request is sent before it counts as failed."""
+    backoff_s: float = 0.5
+    """Longest wait before the second try, in seconds; it doubles with every further one."""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.deadline_s < math.inf and 0 <= self.backoff_s < math.inf):
+            raise UserError(
+                f"storage.deadline_s={self.deadline_s}, storage.backoff_s={self.backoff_s}: must be seconds, above 0"
+            )
+        if self.tries < 1:
+            raise UserError(f"storage.tries={self.tries}: must be at least 1")

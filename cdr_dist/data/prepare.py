@@ -17,7 +17,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -76,8 +76,11 @@ def prepare(options: PrepareOptions) -> Manifest:
         storage.check_writable(work, options.out)
         manifest = _prepare(options, inputs, work)
         storage.move_folder(storage.join(work, "dataset"), options.out.rstrip("/"), last="manifest.json")
-    finally:
-        storage.remove_folder(work)
+    except BaseException:
+        with suppress(UserError):  # what went wrong first counts
+            storage.remove_folder(work, tries=1)
+        raise
+    storage.remove_folder(work)
     return manifest
 
 

@@ -36,9 +36,8 @@ class ShardReader:
             return self._decoded[index]
         shard, within = self._place[index]
         uri = storage.join(self._folder, shard.path)
-        table = storage.with_deadline(
-            lambda: self._open(shard).read_row_group(within, columns=self._columns, use_threads=False), uri
-        )
+        with storage.naming(uri):
+            table = self._open(shard).read_row_group(within, columns=self._columns, use_threads=False)
         if table.num_rows != shard.row_groups[within]:
             raise UserError(f"{uri}: row group {within} holds {table.num_rows} rows, not {shard.row_groups[within]}")
         self._decoded[index] = table
@@ -48,8 +47,8 @@ class ShardReader:
 
     def _open(self, shard: Shard) -> pq.ParquetFile:
         if shard.path not in self._files:
-            fs, path = storage.locate(storage.join(self._folder, shard.path))
-            self._files[shard.path] = pq.ParquetFile(fs.open(path, "rb"), pre_buffer=True)
+            file = storage.open_input(storage.join(self._folder, shard.path))
+            self._files[shard.path] = pq.ParquetFile(file, pre_buffer=True)
             while len(self._files) > 16:
                 self._files.popitem(last=False)[1].close()
         return self._files[shard.path]
@@ -69,13 +68,8 @@ def verify(folder: str, manifest: Manifest, part: int = 0, parts: int = 1, how: 
             content = storage.read_bytes(uri)
             size, same = len(content), storage.sha256(content) == file.sha256
         else:
-            size, same = _size(uri), True
+            size, same = storage.size(uri), True
         if size != file.bytes:
             raise UserError(f"{uri}: {size} bytes, the manifest says {file.bytes}; the file is truncated or replaced")
         if not same:
             raise UserError(f"{uri}: its checksum differs from the manifest's; the file is damaged or replaced")
-
-
-def _size(uri: str) -> int:
-    fs, path = storage.locate(uri)
-    return storage.with_deadline(lambda: int(fs.size(path)), uri)

@@ -21,7 +21,10 @@ def write(uri: str, table: pa.Table, bucket: np.ndarray, buckets: int) -> str:
     order = np.argsort(bucket, kind="stable")
     ends = np.searchsorted(bucket[order], np.arange(buckets + 1))
     rows = table.take(pa.array(order)).combine_chunks()
-    with storage.open_output(uri) as file, pa.ipc.new_file(file, table.schema, options=_OPTIONS) as writer:
+    with (
+        storage.open_output(uri, durable=False) as file,
+        pa.ipc.new_file(file, table.schema, options=_OPTIONS) as writer,
+    ):
         for start, end in itertools.pairwise(ends):
             batches = rows.slice(start, end - start).to_batches()
             writer.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema))

@@ -41,16 +41,14 @@ def files(uri: str) -> list[str]:
 
     UserError: nothing there, or a file whose ending is none of `KINDS`.
     """
-    fs, path = storage.locate(uri)
-    if storage.with_deadline(lambda: fs.isdir(path), uri):
-        found = [p for p in storage.with_deadline(lambda: fs.find(path), uri) if p.endswith(KINDS)]
-    elif "*" in path:
-        found = storage.with_deadline(lambda: fs.glob(path), uri)
+    if storage.is_folder(uri):
+        uris = [file for file in storage.files(uri) if file.endswith(KINDS)]
+    elif "*" in uri:
+        uris = storage.matching(uri)
     else:
-        found = [path] if storage.with_deadline(lambda: fs.exists(path), uri) else []
-    if not found:
+        uris = [uri] if storage.exists(uri) else []
+    if not uris:
         raise UserError(f"{uri}: not found")
-    uris = [uri] if found == [path] else sorted(fs.unstrip_protocol(p).removeprefix("file://") for p in found)
     for one in uris:
         if not one.endswith(KINDS):
             raise UserError(f"{one}: unknown kind of file; known endings: {', '.join(KINDS)}")
@@ -59,7 +57,8 @@ def files(uri: str) -> list[str]:
 
 def column_names(uri: str) -> list[str]:
     """The columns of one file. UserError where it cannot be read or has no header."""
-    return storage.with_deadline(lambda: _column_names(uri), uri)
+    with storage.naming(uri):
+        return _column_names(uri)
 
 
 def _column_names(uri: str) -> list[str]:
@@ -75,10 +74,14 @@ def _column_names(uri: str) -> list[str]:
 
 def batches(uri: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """The named columns, in file order. UserError naming the file where it is damaged, or stalls."""
-    with storage.open_input(uri) as file:
-        stream = _text_batches(uri, file, columns) if is_text(uri) else _parquet_batches(file, columns)
-        while (batch := storage.with_deadline(lambda: next(stream, None), uri)) is not None:
-            yield batch
+    with storage.naming(uri), _opened(uri) as file:
+        yield from _text_batches(uri, file, columns) if is_text(uri) else _parquet_batches(file, columns)
+
+
+def _opened(uri: str) -> Any:
+    """Text is read from start to end, so in large requests."""
+    file = storage.open_input(uri)
+    return io.BufferedReader(file, BLOCK_BYTES) if is_text(uri) else file
 
 
 def _text_batches(uri: str, file: Any, columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -91,7 +94,9 @@ def _text_batches(uri: str, file: Any, columns: list[str]) -> Iterator[pa.Record
 
 
 def _parquet_batches(file: Any, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    yield from pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS, columns=columns)
+    opened = pq.ParquetFile(file, pre_buffer=True)
+    for group in range(opened.num_row_groups):  # all of them at once would be buffered at once
+        yield from opened.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=columns)
 
 
 def _decompressed(uri: str, file: Any) -> Any:

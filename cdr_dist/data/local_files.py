@@ -1,0 +1,129 @@
+"""Files of a local or network disk. Errors are the operating system's; a stalled disk is a TimeoutError."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
+
+from cdr_dist.data.retries import within_deadline
+
+_CURABLE = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.EINTR)
+"""What a network disk may recover from."""
+
+
+class LocalFiles:
+    """What `storage` asks of a place; paths are absolute."""
+
+    def curable(self, error: Exception) -> bool:
+        return isinstance(error, TimeoutError) or (isinstance(error, OSError) and error.errno in _CURABLE)
+
+    def size(self, path: str) -> int:
+        return within_deadline(lambda: os.stat(path).st_size)
+
+    def read(self, path: str, start: int, stop: int) -> bytes:
+        return within_deadline(lambda: _read(path, start, stop))
+
+    def exists(self, path: str) -> bool:
+        return within_deadline(lambda: os.path.exists(path))
+
+    def is_folder(self, path: str) -> bool:
+        return within_deadline(lambda: os.path.isdir(path))
+
+    def names(self, path: str) -> list[str]:
+        return within_deadline(lambda: sorted(os.listdir(path)) if os.path.isdir(path) else [])
+
+    def files(self, path: str) -> list[str]:
+        """All below a folder."""
+        return within_deadline(lambda: LocalFileSystem().find(path))
+
+    def matching(self, pattern: str) -> list[str]:
+        return within_deadline(lambda: LocalFileSystem().glob(pattern))
+
+    def remove(self, path: str) -> None:
+        within_deadline(lambda: _remove(path))
+
+    def remove_folder(self, path: str) -> None:
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        else:
+            _remove(path)
+
+    def rename(self, start: str, end: str) -> None:
+        """Also over an empty folder."""
+        within_deadline(lambda: os.rename(start, end))
+
+    def upload(self, path: str, durable: bool) -> LocalUpload:
+        return LocalUpload(path, durable)
+
+    def uri(self, path: str) -> str:
+        return path
+
+
+class LocalUpload:
+    """A file that appears under its name when it is committed."""
+
+    piece_bytes = 8 << 20
+
+    def __init__(self, path: str, durable: bool) -> None:
+        self._path, self._durable = path, durable
+        folder, name = os.path.split(path)
+        self._part = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.part")
+        self._file: Any = None
+
+    def start(self) -> None:
+        def make() -> Any:
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            return open(self._part, "wb", buffering=0)
+
+        self._file = within_deadline(make)
+
+    def send(self, number: int, content: bytes) -> None:
+        """Piece `number` of the file, from 0; all but the last have piece_bytes. Again where it failed."""
+        file = self._file
+
+        def write() -> None:
+            file.seek(number * self.piece_bytes)
+            rest = memoryview(content)
+            while rest:
+                rest = rest[file.write(rest) :]
+            if self._durable:
+                os.fsync(file.fileno())
+
+        within_deadline(write)
+
+    def commit(self) -> None:
+        def rename() -> None:
+            self._file.close()
+            if os.path.exists(self._part) or not os.path.exists(self._path):  # else: renamed by a try before
+                os.replace(self._part, self._path)
+            if self._durable:
+                folder = os.open(os.path.dirname(self._path), os.O_RDONLY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
+
+        within_deadline(rename)
+
+    def abort(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            _remove(self._part)
+
+
+def _read(path: str, start: int, stop: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(stop - start)
+
+
+def _remove(path: str) -> None:
+    try:
+        os.remove(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return

@@ -1,0 +1,130 @@
+"""Deadline, tries and back-off around every request to a disk or an object store; failures in the user's words."""
+
+from __future__ import annotations
+
+import os
+import queue
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from cdr_dist.data.options import StorageOptions
+from cdr_dist.errors import UserError
+
+T = TypeVar("T")
+
+LONGEST_WAIT_S = 30.0
+"""Between two tries."""
+SHORTEST_SECRET = 8
+"""Characters: a shorter value, such as a test server's, may be part of any word."""
+_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
+_PAST = {"read": "read", "write": "written", "remove": "removed", "list": "listed"}
+
+_options = StorageOptions()
+
+
+def use(options: StorageOptions) -> None:
+    """Sets the deadline, tries and back-off of this process."""
+    global _options
+    _options = options
+
+
+def options() -> StorageOptions:
+    """Those of this process."""
+    return _options
+
+
+def retried(
+    action: Callable[[], T],
+    what: str,
+    how: str = "read",
+    curable: Callable[[Exception], bool] = lambda _: True,
+    tries: int = 0,
+) -> T:
+    """Runs an action until it succeeds, at most `tries` times (0: as the options say).
+
+    how: read, write, remove or list. curable: whether trying again may help after an error. UserError names `what`.
+    """
+    most = tries or _options.tries
+    for tried in range(1, most + 1):
+        try:
+            return action()
+        except UserError:
+            raise
+        except Exception as error:  # every client has its own errors: s3fs raises IndexError on a dead server
+            if tried == most or not curable(error):
+                # Not `from error`: a traceback would show the client's own words, credentials in an address too.
+                raise UserError(f"{what}: {_reason(error, how, tried)}") from None
+        time.sleep(wait_s(tried))
+    raise AssertionError("tries is at least 1")
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Turns any error of the block into a UserError that names `what`, which is being read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a parser's own errors
+        raise UserError(f"{what}: {_reason(error, 'read', 1)}") from None
+
+
+def wait_s(tried: int) -> float:
+    """Seconds to wait after the given number of tries: doubling, with jitter, so that workers do not come at once."""
+    return min(LONGEST_WAIT_S, _options.backoff_s * 2 ** (tried - 1)) * random.uniform(0.5, 1.0)
+
+
+def within_deadline(action: Callable[[], T], seconds: float | None = None) -> T:
+    """Runs what cannot be cancelled, in a thread that is left alone when it takes too long (TimeoutError)."""
+    limit = _options.deadline_s if seconds is None else seconds
+    answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answer.put((action(), None))
+        except BaseException as error:
+            answer.put((None, error))
+
+    # A daemon: an executor's threads are joined at exit, where a stalled disk would hold the process.
+    threading.Thread(target=run, daemon=True, name="cdr-storage").start()
+    try:
+        result, error = answer.get(timeout=limit)
+    except queue.Empty:
+        raise late(limit) from None
+    if error is not None:
+        raise error
+    return result
+
+
+def late(seconds: float) -> TimeoutError:
+    return TimeoutError(f"no answer within {seconds:g} s")
+
+
+def redacted(text: str) -> str:
+    """Without the values of credentials: those of the environment, of an address, of a signature."""
+    for name in _SECRETS:
+        if len(value := os.environ.get(name, "")) >= SHORTEST_SECRET:
+            text = text.replace(value, "***")
+    text = re.sub(r"//[^/@\s]+@", "//***@", text)
+    return re.sub(r"(?i)(signature|credential|security-token)=[^&,\s\"']+", r"\1=***", text)
+
+
+def _reason(error: Exception, how: str, tried: int) -> str:
+    times = f", {tried} tries" if tried > 1 else ""
+    if isinstance(error, FileNotFoundError) and how == "read":
+        return "not found"
+    if isinstance(error, TimeoutError):
+        return f"{_first_line(error)}{times}"
+    return f"cannot be {_PAST[how]} ({_first_line(error)}{times})"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
+    if isinstance(error, IndexError | KeyError | AttributeError | TypeError):  # their words alone say nothing
+        text = f"{type(error).__name__}: {text}"
+    return redacted(text.splitlines()[0])[:200]
