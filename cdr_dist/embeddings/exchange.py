@@ -8,6 +8,7 @@ sum back, so that afterwards all copies agree. The cost depends on the batch, ne
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -24,60 +25,74 @@ class RowExchange:
         self.ids = dict(ids)
         self._world = 1 if alone else world_size()
         if self._world == 1:
-            self._owned = self.ids
+            self.asked = self.ids
             return
         # Sorted ids are grouped by owner already: a slice of each table goes to each owner.
-        self._sent = {
-            table: torch.bincount(own // rows_per_worker[table], minlength=self._world).tolist()
-            for table, own in self.ids.items()
-        }
-        sizes = torch.tensor([[self._sent[t][w] for t in self.ids] for w in range(self._world)])
+        first = torch.arange(self._world, device=next(iter(self.ids.values())).device)
+        cuts = torch.stack([torch.searchsorted(own, first * rows_per_worker[t]) for t, own in self.ids.items()], dim=1)
+        ends = torch.tensor([[len(own) for own in self.ids.values()]], device=cuts.device)
+        sizes = torch.cat([cuts, ends]).diff(dim=0)
         arriving = torch.empty_like(sizes)
         dist.all_to_all_single(arriving, sizes)
-        self._arriving = {t: arriving[:, i].tolist() for i, t in enumerate(self.ids)}
-        came = self._to_owners({t: own.unsqueeze(1) for t, own in self.ids.items()})
-        self._owned, self._slot = {}, {}
-        for table, keys in came.items():
-            self._owned[table], self._slot[table] = torch.unique(keys.squeeze(1), return_inverse=True)
+        self._sent = dict(zip(self.ids, sizes.T.tolist(), strict=True))
+        self._arriving = dict(zip(self.ids, arriving.T.tolist(), strict=True))
+        self.asked = {t: found.squeeze(1) for t, found in self.to_owners(_columns(self.ids)).items()}
+        """Table -> the ids that all workers ask of this one, an id once for each of them."""
+
+    @cached_property
+    def _unique(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Table -> (the sorted unique ids asked of this worker, which of them each one asked is)."""
+        return {t: torch.unique(ids, return_inverse=True) for t, ids in self.asked.items()}
+
+    def _owned(self, table: str) -> Tensor:
+        return self.ids[table] if self._world == 1 else self._unique[table][0]
 
     def sum_copies(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """values[table] [n, width], one row an id -> the sum over all workers of the rows with the same id."""
         if self._world == 1:
             return dict(values)
-        return self._to_users(self._sum_at_owners(values), self._slot)
+        return self._to_users(self._sum_at_owners(values))
 
     def pull(self, other: RowExchange, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sums of another batch's rows, at this batch's ids: aligned by id, 0 where the other has none."""
         theirs = other._sum_at_owners(values)
         aligned = {}
-        for table, mine in self._owned.items():
-            ids, rows = other._owned[table], theirs[table]
+        for table in self.ids:
+            mine, ids, rows = self._owned(table), other._owned(table), theirs[table]
             place = torch.searchsorted(ids, mine).clamp(max=max(len(ids) - 1, 0))
             hit = (ids[place] == mine).unsqueeze(1) if len(ids) else torch.zeros(len(mine), 1, dtype=torch.bool)
             found = rows[place] if len(ids) else rows.new_zeros(len(mine), rows.shape[1])
             aligned[table] = torch.where(hit, found, torch.zeros((), dtype=rows.dtype))
-        return aligned if self._world == 1 else self._to_users(aligned, self._slot)
+        return aligned if self._world == 1 else self._to_users(aligned)
 
     def copies(self) -> dict[str, Tensor]:
         """float64 [n, 1]: how many workers hold a copy of each row, for sums that count a row once."""
         ones = {t: torch.ones(len(i), 1, dtype=torch.float64) for t, i in self.ids.items()}
         return self.sum_copies(ones)
 
+    def to_owners(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """values[table] [n, width] of this worker's ids -> of the ids `asked` of it."""
+        return _all_to_all(values, self._sent, self._arriving, self._world)
+
+    def to_askers(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """values[table] of the ids `asked` -> [n, width] of this worker's ids; the way back of `to_owners`."""
+        return _all_to_all(values, self._arriving, self._sent, self._world)
+
     def _sum_at_owners(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self._world == 1:
             return dict(values)
         sums = {}
-        for table, rows in self._to_owners(values).items():
-            total = rows.new_zeros(len(self._owned[table]), rows.shape[1])
-            sums[table] = total.index_add_(0, self._slot[table], rows)
+        for table, rows in self.to_owners(values).items():
+            ids, slot = self._unique[table]
+            sums[table] = rows.new_zeros(len(ids), rows.shape[1]).index_add_(0, slot, rows)
         return sums
 
-    def _to_owners(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return _all_to_all(values, self._sent, self._arriving, self._world)
+    def _to_users(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.to_askers({table: rows.index_select(0, self._unique[table][1]) for table, rows in sums.items()})
 
-    def _to_users(self, sums: Mapping[str, Tensor], slot: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        back = {table: rows.index_select(0, slot[table]) for table, rows in sums.items()}
-        return _all_to_all(back, self._arriving, self._sent, self._world)
+
+def _columns(ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {table: of.unsqueeze(1) for table, of in ids.items()}
 
 
 def _all_to_all(

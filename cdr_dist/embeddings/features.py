@@ -18,9 +18,9 @@ Features = Mapping[str, str]
 def ids_by_table(batch: KeyedJaggedTensor, features: Features) -> dict[str, Tensor]:
     """int64 ids [n] of each table, all features that read it one after the other."""
     found: dict[str, list[Tensor]] = {}
-    for name in batch.keys():
+    for name, ids in zip(batch.keys(), batch.values().split(batch.length_per_key()), strict=True):
         if name in features:
-            found.setdefault(features[name], []).append(batch[name].values())
+            found.setdefault(features[name], []).append(ids)
     return {table: torch.cat(parts) if len(parts) > 1 else parts[0] for table, parts in found.items()}
 
 
@@ -28,10 +28,10 @@ def rows_by_feature(rows: Mapping[str, Tensor], batch: KeyedJaggedTensor, featur
     """Cuts each table's rows [n, width] into its features' rows, the inverse of `ids_by_table`."""
     out: dict[str, Tensor] = {}
     place = dict.fromkeys(rows, 0)
-    for name in batch.keys():
+    for name, size in zip(batch.keys(), batch.length_per_key(), strict=True):
         table = features.get(name)
         if table is not None:
-            size = batch[name].values().numel()
-            out[name] = rows[table][place[table] : place[table] + size]
+            whole = size == len(rows[table])
+            out[name] = rows[table] if whole else rows[table][place[table] : place[table] + size]
             place[table] += size
     return out

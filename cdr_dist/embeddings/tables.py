@@ -1,5 +1,9 @@
 """Embedding tables sharded by row over the workers, with the optimiser fused into the backward pass.
 
+TorchRec plans, shards and holds the tables. Lookups go to FBGEMM's kernel directly, as bags of one id (unpooled, as
+TorchRec asks, it takes more than twice as long: docs/performance.md), and what other workers own comes by
+`RowExchange`, each row once.
+
 A lookup that trains (`rows`) writes its tables during *any* backward pass through it, so nothing may
 differentiate twice through it; what only needs values uses `read`.
 """
@@ -12,8 +16,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+    WeightDecayMode,
+)
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torchrec.distributed import comm_ops
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
@@ -23,11 +32,11 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from cdr_dist.embeddings.exchange import RowExchange
 from cdr_dist.embeddings.initialisation import normal_rows
 from cdr_dist.embeddings.options import TableOptions, TableSpec
-from cdr_dist.embeddings.workers import world_size
+from cdr_dist.embeddings.workers import rank, world_size
 from cdr_dist.errors import UserError
 
 _OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -57,16 +66,34 @@ class ShardedTables:
         # Losses are divided by the global batch size, so gradients are summed over workers, not averaged.
         comm_ops.set_gradient_division(False)
         self.collection = _shard(specs, options, device)
+        (self._kernel,) = _kernels(self.collection)
+        # The pooled kernel of a CPU is twice as fast and leaves weight decay out without a word.
+        self._pooled = not options.weight_decay or device.type != "cpu"
+        if self._pooled:
+            self._kernel.pooling_mode = PoolingMode.SUM
+        self._names: list[str] = self._kernel.table_names
+        self._first = {name: rank() * self.rows_per_worker(name) for name in self._names}
+        self._weights = dict(zip(self._names, self._kernel.split_embedding_weights(), strict=True))
+        self._graph = torch.zeros((), device=device, requires_grad=True)
         self._initialise(seed)
 
     def rows(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Looks up int64 ids [n] of each table -> rows [n, width], and trains them in the backward pass."""
-        return self._lookup(ids)
+        if world_size() == 1:
+            return self._own_rows(ids)
+        exchange, place = self._exchange(ids)
+        owned = self._own_rows(exchange.asked)
+        came = _ToAskers.apply(exchange, list(owned), self._graph, *owned.values())
+        return {t: rows.index_select(0, place[t]) for t, rows in zip(owned, came, strict=True)}
 
     @torch.no_grad()
     def read(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Like `rows`, values only: trains nothing and builds no graph."""
-        return {name: rows.detach() for name, rows in self._lookup(ids).items()}
+        if world_size() == 1:
+            return self._own_values(ids)
+        exchange, place = self._exchange(ids)
+        came = exchange.to_askers(self._own_values(exchange.asked))
+        return {t: rows.index_select(0, place[t]) for t, rows in came.items()}
 
     def rows_per_worker(self, table: str) -> int:
         """The owner of an id is worker id // rows_per_worker."""
@@ -74,20 +101,21 @@ class ShardedTables:
 
     def shards(self) -> dict[str, tuple[int, Tensor]]:
         """Table -> (first global row, this worker's rows); writing into the tensor writes the table."""
-        out = {}
-        for path, tensor in self.collection.state_dict().items():
-            (shard,) = tensor.local_shards()
-            out[path.split(".")[1]] = (int(shard.metadata.shard_offsets[0]), shard.tensor)
-        return out
+        return {name: (self._first[name], self._weights[name]) for name in self._names}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Sharded weights and fused optimiser state, for torch.distributed.checkpoint."""
-        return {
-            "weights": self.collection.state_dict(),
-            "optimiser": {
-                table: dict(values) for table, values in self.collection.fused_optimizer.state_dict()["state"].items()
-            },
-        }
+    def optimiser_shards(self) -> dict[str, list[Tensor]]:
+        """Table -> the fused optimiser's statistics of this worker's rows ([rows] or [rows, width] each), writable."""
+        states = self._kernel.split_optimizer_states() or [[] for _ in self._names]  # SGD has none
+        return dict(zip(self._names, states, strict=True))
+
+    @property
+    def updates(self) -> int:
+        """Updates so far, which a fused Adam corrects its bias by."""
+        return int(self._kernel.iter[0])
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self._kernel.set_optimizer_step(count)
 
     def unsharded(self, table: str) -> Tensor | None:
         """The whole table without padding rows, [rows, width] on worker 0 (None elsewhere)."""
@@ -101,22 +129,62 @@ class ShardedTables:
         dist.gather(padded, parts)
         return torch.cat(parts)[: self.specs[table].rows] if parts is not None else None
 
-    def _lookup(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        empty = torch.zeros(1, dtype=torch.int64, device=self.device)
-        # A worker that asks for nothing would crash the exchange of its peers: it asks for the padding row.
-        asked = {name: ids.get(name, empty) if name in ids and ids[name].numel() else empty for name in self.specs}
-        features = KeyedJaggedTensor(
-            keys=list(asked),
-            values=torch.cat(list(asked.values())),
-            lengths=torch.tensor([v.numel() for v in asked.values()], dtype=torch.int32, device=self.device),
-        )
-        found = self.collection(features)
-        return {name: found[name].values()[: ids[name].numel()] * (ids[name] != 0).unsqueeze(1) for name in ids}
+    def _exchange(self, ids: Mapping[str, Tensor]) -> tuple[RowExchange, dict[str, Tensor]]:
+        """The exchange of each table's unique ids, and which of them each id is. All workers name the same tables."""
+        unique, place = {}, {}
+        for name in sorted(ids):
+            unique[name], place[name] = torch.unique(ids[name], return_inverse=True)
+        return RowExchange(unique, {name: self.rows_per_worker(name) for name in unique}), place
+
+    def _own_rows(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows that this worker holds, as bags of one id; padding is an empty bag, which is zero and trains nothing."""
+        longest = max((len(of) for of in ids.values()), default=0)
+        if longest == 0:
+            return {t: self._weights[t].new_zeros(0, self._weights[t].shape[1]) for t in ids}
+        local = torch.zeros(len(self._names), longest, dtype=torch.int64, device=self.device)
+        for line, name in zip(local, self._names, strict=True):
+            if name in ids:
+                line[: len(ids[name])] = ids[name]
+        taken = local != 0
+        offsets = torch.zeros(taken.numel() + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(taken.flatten(), 0, out=offsets[1:])
+        local -= torch.tensor(list(self._first.values()), device=self.device).unsqueeze(1)
+        out = self._kernel(local[taken], offsets)
+        if self._pooled:  # [longest, tables x width]
+            by_table = out.view(longest, len(self._names), -1).unbind(1)
+        else:
+            every = out.new_zeros(taken.numel(), out.shape[1]).index_copy(0, taken.flatten().nonzero().squeeze(1), out)
+            by_table = every.view(len(self._names), longest, -1).unbind(0)
+        return {name: rows[: len(ids[name])] for name, rows in zip(self._names, by_table, strict=True) if name in ids}
+
+    def _own_values(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            t: self._weights[t].index_select(0, of - self._first[t]).masked_fill_((of == 0).unsqueeze(1), 0.0)
+            for t, of in ids.items()
+        }
 
     def _initialise(self, seed: int) -> None:
         for name, (first, shard) in self.shards().items():
             spec = self.specs[name]
             shard.copy_(normal_rows(seed, f"table.{name}", first, shard.shape[0], spec.width, spec.init_std))
+
+
+class _ToAskers(torch.autograd.Function):
+    """Rows from their owners to the workers that asked; their gradients go back, each to its row.
+
+    `graph` requires a gradient on every worker: one that owns nothing of a batch takes part in the way back, too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, exchange: RowExchange, names: list[str], graph: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange, ctx.names = exchange, names
+        return tuple(exchange.to_askers(dict(zip(names, rows, strict=True))).values())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        back = ctx.exchange.to_owners(dict(zip(ctx.names, gradients, strict=True)))
+        return None, None, None, *back.values()
 
 
 def _shard(specs: list[TableSpec], options: TableOptions, device: torch.device) -> ShardedEmbeddingCollection:
@@ -153,3 +221,9 @@ def plan_tables(holder: nn.Module, names: list[str], workers: int, device: torch
     except PlannerError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the tables do not fit on {workers} workers: {reason}") from error
+
+
+def _kernels(collection: ShardedEmbeddingCollection) -> list[SplitTableBatchedEmbeddingBagsCodegen]:
+    """TorchRec groups tables by width, type and placement, which are one here, so there is one kernel a worker."""
+    parts = (part for lookup in collection._lookups for part in lookup.modules())
+    return [part for part in parts if isinstance(part, SplitTableBatchedEmbeddingBagsCodegen)]

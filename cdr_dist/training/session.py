@@ -117,10 +117,10 @@ class Session:
     def _optimisers(self) -> dict[str, torch.optim.Optimizer]:
         dense, upper = self.config.dense, self.config.upper
         found: dict[str, torch.optim.Optimizer] = {
-            "model": torch.optim.Adam(self.model.parameters(), lr=dense.lr, weight_decay=dense.weight_decay)
+            "model": torch.optim.Adam(self.model.parameters(), lr=dense.lr, weight_decay=dense.weight_decay, fused=True)
         }
         if self.dev_head is not None:
-            found["dev_head"] = torch.optim.Adam(self.dev_head.parameters(), lr=upper.head_lr)
+            found["dev_head"] = torch.optim.Adam(self.dev_head.parameters(), lr=upper.head_lr, fused=True)
         if self.perceptron is not None:
             named = dict(self.perceptron.named_parameters())
             gamma = [named.pop("gamma_raw")]
