@@ -6,13 +6,13 @@ import contextlib
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 
 from cdr_dist.configuration import from_words
+from cdr_dist.training import checkpoint
 from cdr_dist.training.lower import Lower
-from cdr_dist.training.run_folder import RunFolder, complete
+from cdr_dist.training.run_folder import RunFolder
 from cdr_dist.training.upper import Upper
 from cdr_dist.training.worker import work
 from tests.problem import replaced
@@ -88,7 +88,14 @@ def dying(after, in_upper=False):
 
 
 def newest(run):
-    return max(complete(Path(run) / "checkpoints"))
+    """The folder of the newest complete checkpoint."""
+    return Path(checkpoint.newest(str(Path(run) / "checkpoints")).uri)
+
+
+def steps_of(run):
+    """The step of the newest complete checkpoint; 0 where there is none."""
+    found = checkpoint.newest(str(Path(run) / "checkpoints"))
+    return found.step if found else 0
 
 
 def summary(run):
@@ -103,15 +110,20 @@ def lines(run, *splits):
 
 def tensors(run):
     """Every tensor of the newest checkpoint by name: unsharded tables and their optimiser state, all dense ones."""
-    checkpoint = newest(run)
-    state = {}
-    dcp.state_dict_loader._load_state_dict(
-        state,
-        storage_reader=dcp.FileSystemReader(checkpoint / "tables"),
-        planner=_EmptyStateDictLoadPlanner(),
-        no_dist=True,
-    )
-    return dict(_flat({"tables": state, "dense": torch.load(checkpoint / "state.pt", weights_only=True)}))
+    folder = newest(run)
+    tables, places = {}, {}
+    for index in sorted(folder.glob("rows-*.json")):
+        raw = json.loads(index.read_text())
+        values = np.fromfile(folder / raw["file"], dtype="<f4")
+        for s in raw["sections"]:
+            rows = values[s["offset"] // 4 :][: s["rows"] * s["width"]].reshape(s["rows"], s["width"])
+            name = f"{s['table']}.{s['part']}"
+            places.setdefault(name, []).append((s["first"], torch.from_numpy(rows)))
+    for name, parts in places.items():
+        parts.sort(key=lambda part: part[0])
+        assert [first for first, _ in parts] == [sum(len(r) for _, r in parts[:i]) for i in range(len(parts))], name
+        tables[name] = torch.cat([rows for _, rows in parts])
+    return dict(_flat({"tables": tables, "dense": torch.load(folder / "dense.pt", weights_only=True)}))
 
 
 def _flat(node, prefix=""):

@@ -13,9 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cdr_dist.training.run_folder import steps_done
 from tests.datasets import copied, rated
-from tests.runs import lines, same_run, train, words
+from tests.runs import lines, same_run, steps_of, train, words
 
 ROOT = Path(__file__).parents[1]
 MORE = ["recipe=biao", "trainer.max_steps=300", "trainer.epochs=20", "evaluation.patience=0", "hypergradient.alpha=0.1"]
@@ -87,10 +86,6 @@ def _title(process):
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
-
-
-def steps_of(run):
-    return steps_done(Path(run) / "checkpoints")
 
 
 @pytest.fixture(scope="module")

@@ -16,19 +16,23 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
 
+from cdr_dist.configuration import from_words
 from cdr_dist.embeddings import tables as tables_module
 from cdr_dist.embeddings.initialisation import normal_rows
-from cdr_dist.embeddings.tables import ShardedTables
 from cdr_dist.errors import UserError
 from cdr_dist.jobs import run_job
-from cdr_dist.training.checkpoint import Progress
+from cdr_dist.training import checkpoint
+from cdr_dist.training.checkpoint import COMPLETE, Checkpoints, Progress
 from cdr_dist.training.job import train_job
 from cdr_dist.training.lower import Lower
-from cdr_dist.training.run_folder import COMPLETE, steps_done
+from cdr_dist.training.session import Session
+from cdr_dist.training.worker import phases_of
 from tests.datasets import rated, rows_of, sampled, scratch
 from tests.problem import replaced
-from tests.runs import KILLED, distances, lines, newest, same_run, summary, tensors, train, words
+from tests.processes import on_workers
+from tests.runs import KILLED, distances, lines, newest, same_run, steps_of, summary, tensors, train, words
 
 ROOT = Path(__file__).parents[1]
 
@@ -180,6 +184,28 @@ class recording:  # noqa: N801 - a context manager, used like a function
             frame.write_parquet(out)
 
 
+def saved_again(rank, given, start, end):
+    """Loads the newest checkpoint of `start` and saves it in `end`."""
+    config = from_words(given)
+    session = Session(config, config.data, [u for phase in phases_of(config) for u in phase.cycle])
+    old, new = (Checkpoints(f"{run}/checkpoints", session, 1) for run in (start, end))
+    new.save(old.load(old.newest()))
+    session.close()
+
+
+def test_loaded_by_two_then_one_then_three_workers_nothing_changes(tmp_path):
+    given = words(rated(), tmp_path / "2", "recipe=biao", "trainer.max_steps=10")
+    train(given, 2)
+    for start, end in ((2, 1), (1, 3)):
+        on_workers(end, saved_again, given, str(tmp_path / str(start)), str(tmp_path / str(end)))
+    first, *others = (tensors(tmp_path / str(n)) for n in (2, 1, 3))
+    assert len(list(newest(tmp_path / "3").glob("rows-*.bin"))) == 3
+    assert any(name.endswith("user.state0") and bool(value.any()) for name, value in first.items())
+    for other in others:
+        assert other.keys() == first.keys()
+        assert [name for name in first if not torch.equal(first[name], other[name])] == []
+
+
 # ---- incomplete and damaged checkpoints -----------------------------------------------------------------------------
 
 
@@ -201,17 +227,18 @@ def test_an_incomplete_checkpoint_is_passed_over(damage, tmp_path):
         for path in [p for p in last.rglob("*") if p.is_file()]:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     elif damage == "no tables":
-        shutil.rmtree(last / "tables")
-    shutil.copytree(last, run / "checkpoints" / "part-00000016")  # and what a kill while writing leaves
+        for path in last.glob("rows-*"):
+            path.unlink()
+    shutil.copytree(last, run / "checkpoints" / "step-00000016")  # and what a kill while writing leaves
     train(given)
     same_run(uninterrupted("biao"), run)
-    assert not list((run / "checkpoints").glob("part-*"))
+    assert not (run / "checkpoints" / "step-00000016").exists()
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
     given = killed_run(tmp_path / "run")
     last = newest(tmp_path / "run")
-    (last / "state.pt").write_bytes((last / "state.pt").read_bytes()[:1000])
+    (last / "dense.pt").write_bytes((last / "dense.pt").read_bytes()[:1000])
     with pytest.raises(UserError, match=r"step-00000015: damaged checkpoint .* the one before"):
         train(given)
     shutil.rmtree(last)
@@ -231,9 +258,12 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def check_no_room(run, fills, frees, reason):
-    """Checkpoints at 5 and 10; no room from step 12 on; with room again, the run ends as if nothing had been."""
-    given = words(rated(), run, "recipe=biao", "trainer.checkpoint_every=5")
+def check_no_room(run, fills, frees, reason, how="in_place"):
+    """Checkpoints at 5 and 10; no room from step 12 on; with room again, the run ends as if nothing had been.
+
+    In the background, that of step 10 may still be on its way when the room ends.
+    """
+    given = words(rated(), run, "recipe=biao", "trainer.checkpoint_every=5", f"trainer.checkpoint={how}")
     try:
         with at_step(12, fills), pytest.raises(UserError, match="checkpoint could not be written") as error:
             train(given)
@@ -241,12 +271,14 @@ def check_no_room(run, fills, frees, reason):
         frees()
     assert f"({reason})" in str(error.value)
     assert "\n" not in str(error.value)
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000005", "step-00000010"]
+    left = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert left in (["step-00000005", "step-00000010"], ["step-00000005"] if how == "background" else None)
     train(given)
     same_run(uninterrupted("biao"), run)
 
 
-def test_a_full_disk_costs_no_checkpoint(small_disk):
+@pytest.mark.parametrize("how", ["in_place", "background"])
+def test_a_full_disk_costs_no_checkpoint(how, small_disk):
     def fill():
         with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as out:
             while True:
@@ -254,7 +286,7 @@ def test_a_full_disk_costs_no_checkpoint(small_disk):
                 out.flush()
 
     # Room for metrics.jsonl is not what runs out first: a page is left of it.
-    check_no_room(small_disk / "run", fill, (small_disk / "filler").unlink, "No space left on device")
+    check_no_room(small_disk / "run", fill, (small_disk / "filler").unlink, "No space left on device", how)
 
 
 def test_a_file_size_limit_costs_no_checkpoint(tmp_path):
@@ -320,16 +352,12 @@ def ended_at(step, given, run, told):
     return job.returncode
 
 
-def steps_of(run):
-    return steps_done(Path(run) / "checkpoints")
-
-
 # ---- mutations that the claims above must catch --------------------------------------------------------------------
 
 
 def without_fused_state():
-    whole = ShardedTables.state_dict
-    return replaced(ShardedTables, "state_dict", lambda self: {"weights": whole(self)["weights"]})
+    whole = checkpoint.parts_of
+    return replaced(checkpoint, "parts_of", lambda s: {k: v for k, v in whole(s).items() if k[1] == "weights"})
 
 
 def without_position():

@@ -111,7 +111,9 @@ def test_a_bad_option(case, job):
 
 def test_no_data_and_a_run_that_is_no_folder(job):
     mistake(job, words("", "run"), "data= is empty")
-    mistake(job, words(rated(), "s3://bucket/run"), "run=s3://bucket/run: must be a folder")
+    mistake(
+        job, words(rated(), "s3://bucket/run"), "s3://bucket/run/config.yaml: cannot be read (Unable to locate cred"
+    )
 
 
 def test_a_recipe_that_needs_planted_truth(job, tmp_path):
@@ -264,7 +266,7 @@ def test_a_run_folder_that_cannot_be_made(job):
     Path("file").write_text("")
     code, _, lines = job(*words(rated(), "file/run"))
     assert (code, len(lines)) == (2, 1), lines
-    assert "file/run: cannot be written (Not a directory)" in lines[0]
+    assert "file/run/lease.json: cannot be written (Not a directory)" in lines[0]
 
 
 # ---- while it trains ------------------------------------------------------------------------------------------------

@@ -55,6 +55,12 @@ class ObjectStore:
         )
         self._fs.retries = 1
 
+    def arrow(self) -> Any:
+        """The same client as a file system of pyarrow."""
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        return PyFileSystem(FSSpecHandler(self._fs))
+
     def curable(self, error: Exception) -> bool:
         answer = next((e.response for e in (error, error.__cause__) if isinstance(e, boto.ClientError)), None)
         if answer is not None:

@@ -1,32 +1,40 @@
-"""Checkpoints: sharded tables through torch.distributed.checkpoint, the rest in one file, COMPLETE written last.
+"""Checkpoints, written while training goes on: every worker its rows, worker 0 the rest, COMPLETE last.
 
-checkpoints/step-00000400/tables/…    weights and fused optimiser state, readable by any number of workers
-checkpoints/step-00000400/state.pt    dense parameters, dense optimisers
-checkpoints/step-00000400/place.json  phase, place in the cycle, step, places of the streams, counters
-checkpoints/step-00000400/COMPLETE
+checkpoints/step-00000400/rows-00000-of-00002.bin, .json   tables and fused optimiser state (rows_file.py)
+checkpoints/step-00000400/dense.pt                         dense parameters and their optimisers
+checkpoints/step-00000400/place.json                       phase, place in the cycle, step, places of the streams, …
+checkpoints/step-00000400/COMPLETE                         bytes and sha256 of all of these
+
+Any number of workers reads what any other wrote. A step that is saved again gets a folder of its own
+(step-00000400-1), so that a crash never costs the checkpoint that was there.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
-import shutil
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
+from cdr_dist.crash_points import durable
+from cdr_dist.data import storage
 from cdr_dist.data.stream import Place
 from cdr_dist.errors import UserError
-from cdr_dist.training.run_folder import COMPLETE, complete
+from cdr_dist.training.rows_file import Parts, RowsFile, read_rows, write_rows
 
 if TYPE_CHECKING:
     from cdr_dist.training.session import Session
+
+COMPLETE, DENSE, PLACE = "COMPLETE", "dense.pt", "place.json"
+_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 
 
 @dataclass
@@ -51,105 +59,250 @@ class Progress:
     data_checksum: str = ""
 
     @staticmethod
-    def from_json(text: str) -> Progress:
+    def from_json(text: bytes) -> Progress:
         raw = json.loads(text)
         raw["lower"], raw["dev"] = Place(**raw["lower"]), Place(**raw["dev"])
         return Progress(**raw)
 
 
+@dataclass(frozen=True, order=True)
+class Saved:
+    """A complete checkpoint. attempt: how often the step was saved before."""
+
+    step: int
+    attempt: int
+    uri: str
+
+    def read(self, name: str) -> bytes:
+        """A small file, as it was written. UserError: damaged."""
+        content = storage.read_bytes(storage.join(self.uri, name))
+        try:
+            known = json.loads(storage.read_bytes(storage.join(self.uri, COMPLETE)))[name]
+        except (ValueError, KeyError, TypeError) as error:
+            raise self.damaged(f"{COMPLETE} does not list {name}") from error
+        if known != [len(content), storage.sha256(content)]:
+            raise self.damaged(f"{name} is not what was written")
+        return content
+
+    def progress(self) -> Progress:
+        try:
+            return Progress.from_json(self.read(PLACE))
+        except (ValueError, TypeError, KeyError) as error:
+            raise self.damaged(_reason(error)) from error
+
+    def damaged(self, why: str) -> UserError:
+        return UserError(f"{self.uri}: damaged checkpoint ({why}); delete it to continue from the one before")
+
+
+def complete(folder: str) -> list[Saved]:
+    """The checkpoints in a run's `checkpoints` that were written to their end, oldest first."""
+    found = [saved for saved in _all(folder) if storage.exists(storage.join(saved.uri, COMPLETE))]
+    return sorted(found)
+
+
+def newest(folder: str) -> Saved | None:
+    """As the last of `complete`, without looking at the earlier ones."""
+    return next((s for s in reversed(_all(folder)) if storage.exists(storage.join(s.uri, COMPLETE))), None)
+
+
+def _all(folder: str) -> list[Saved]:
+    named = [(name, _NAME.fullmatch(name)) for name in storage.names(folder)]
+    return sorted(Saved(int(m[1]), int(m[2] or 0), storage.join(folder, name)) for name, m in named if m)
+
+
 class Checkpoints:
-    """The checkpoints of one run folder; every worker calls every method, in the same order."""
+    """The checkpoints of one run folder; every worker calls every method, in the same order.
 
-    def __init__(self, folder: Path, session: Session, keep: int) -> None:
+    in_background: a copy of the worker's rows is taken (that is all that training waits for) and written while
+    training goes on; else rows are written from where they are. still_ours: raises where another job has taken over.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        session: Session,
+        keep: int,
+        in_background: bool = False,
+        still_ours: Callable[[], None] = lambda: None,
+    ) -> None:
         self._folder, self._session, self._keep = folder, session, keep
+        self._in_background, self._still_ours = in_background, still_ours
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="cdr-checkpoint")
+        # What the thread tells the other workers' threads must not meet what training says meanwhile.
+        self._group = dist.new_group(backend="gloo") if in_background and session.workers > 1 else None
+        self._writing: Future[None] | None = None
+        self._copy: dict[tuple[str, str], torch.Tensor] = {}
+        self.stalled_s = 0.0
+        """Seconds that training waited for saves."""
+        if in_background:  # first use of memory is slow: not while training waits for the first copy
+            self._writing = self._thread.submit(self._make_room)
 
-    def newest(self) -> Path | None:
+    def newest(self) -> Saved | None:
         """The newest complete checkpoint; incomplete ones are passed over. Worker 0's view, so that all agree."""
-        found = [max(complete(self._folder), default=None)] if self._session.rank == 0 else [None]
-        dist.broadcast_object_list(found)
-        return found[0]
+        return self._agreed(lambda: newest(self._folder))
 
-    def at(self, step: int) -> Path:
-        return self._folder / f"step-{step:08d}"
+    def of_step(self, step: int) -> Saved:
+        """UserError: there is none."""
+        found = self._agreed(lambda: max((s for s in complete(self._folder) if s.step == step), default=None))
+        if found is None:
+            raise UserError(f"{self._folder}: the checkpoint of step {step} is gone")
+        return found
 
     def save(self, progress: Progress) -> None:
-        """Writes beside the final name and renames; UserError where the disk is full, earlier ones untouched."""
+        """UserError where this or, in the background, the one before cannot be written; complete ones are untouched."""
+        start = time.perf_counter()
+        self.wait()
         s = self._session
-        final, part = self.at(progress.step), self._folder / f"part-{progress.step:08d}"
-        error = ""
-        if s.rank == 0:
-            for left in self._folder.glob("part-*"):  # of a run that was killed while it wrote
-                shutil.rmtree(left, ignore_errors=True)
-        dist.barrier()
-        try:
-            dcp.save(s.tables.state_dict(), checkpoint_id=part / "tables", no_dist=s.workers == 1)
-            if s.rank == 0:
-                _write(part / "state.pt", _saved(dense_state(s)))
-                _write(part / "place.json", json.dumps(asdict(progress)).encode())
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as failure:
-            error = _reason(failure)
-        self._agree(error, part)
-        try:
-            if s.rank == 0:
-                _drop(final)
-                os.replace(part, final)
-                _write(final / COMPLETE, b"")
-                self._drop_old(progress)
-        except OSError as failure:
-            error = _reason(failure)
-        self._agree(error, part)
+        uri = self._agreed(lambda: self._free_name(progress.step))
+        dense = _saved(dense_state(s)) if s.rank == 0 else b""
+        place = json.dumps(asdict(progress)).encode()
+        parts = parts_of(s)
+        if self._in_background:
+            for key, (_, values) in parts.items():
+                self._copy[key].copy_(values)
+            parts = {key: (first, self._copy[key]) for key, (first, _) in parts.items()}
+        arguments = (uri, parts, s.tables.updates, dense, place, progress.best_step)
+        self._writing = self._thread.submit(self._write, *arguments)
+        if not self._in_background:
+            self.wait()
+        self.stalled_s += time.perf_counter() - start
 
-    def load(self, path: Path) -> Progress:
+    def wait(self) -> None:
+        """Until what is being written is complete. UserError where it could not be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+
+    def load(self, saved: Saved) -> Progress:
         """Tables, dense state and progress. Any number of workers may have written it."""
         s = self._session
-        progress = self.check_dataset(path)
-        state = self.load_parameters(path)
+        progress = self.check_dataset(saved)
+        state = self.load_parameters(saved)
         for name, optimiser in s.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
         s.passes = dict(progress.passes)
         return progress
 
-    def check_dataset(self, path: Path) -> Progress:
+    def check_dataset(self, saved: Saved) -> Progress:
         """The progress of a checkpoint of this very dataset."""
-        progress = read_progress(path)
+        progress = saved.progress()
         if progress.data_checksum != self._session.manifest.checksum:
-            raise UserError(f"{path}: belongs to another dataset than {self._session.folder} (their checksums differ)")
+            raise UserError(
+                f"{saved.uri}: belongs to another dataset than {self._session.folder} (their checksums differ)"
+            )
         return progress
 
-    def load_parameters(self, path: Path) -> dict[str, Any]:
+    def load_parameters(self, saved: Saved) -> dict[str, Any]:
         """What scoring needs: tables, model, perceptron. Returns all of the dense state."""
         s = self._session
         try:
-            dcp.load(s.tables.state_dict(), checkpoint_id=path / "tables", no_dist=s.workers == 1)
-            state = torch.load(path / "state.pt", weights_only=True, map_location=s.device)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
-            raise _damaged(path, error) from error
+            listed = [n for n in json.loads(storage.read_bytes(storage.join(saved.uri, COMPLETE))) if _is_index(n)]
+            files = [RowsFile.from_json(saved.read(name)) for name in listed]
+            read_rows(saved.uri, files, parts_of(s))
+            s.tables.updates = max(file.updates for file in files)
+            state = torch.load(io.BytesIO(saved.read(DENSE)), weights_only=True, map_location=s.device)
+        except UserError as error:
+            raise error if str(error).startswith(saved.uri + ": damaged") else saved.damaged(str(error)) from error
+        except (RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise saved.damaged(_reason(error)) from error
         for name, values in state["modules"].items():
             getattr(s, name).load_state_dict(values)
         return state
 
-    def _agree(self, error: str, part: Path) -> None:
-        """Any worker's failure is everybody's, with its reason."""
-        reasons: list[Any] = [None] * self._session.workers
-        dist.all_gather_object(reasons, error)
-        failed = next((r for r in reasons if r), "")
-        if failed:
+    # ---- in the thread ------------------------------------------------------------------------------------------
+
+    def _make_room(self) -> None:
+        for key, (_, values) in parts_of(self._session).items():
+            self._copy[key] = torch.zeros(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+
+    def _write(self, uri: str, parts: Parts, updates: int, dense: bytes, place: bytes, best_step: int) -> None:
+        """This worker's files; worker 0 then completes the checkpoint if all workers' are there."""
+        written: dict[str, list[Any]] = {}
+        error = ""
+        try:
+            written = self._write_files(uri, parts, updates, dense, place)
+        except Exception as failure:  # whatever it is, the other workers wait for this one's word
+            error = _reason(failure)
+        with durable("checkpoint.barrier"):
+            everyones = self._gathered((error, written))
+        error = next((e for e, _ in everyones if e), "")
+        if not error and self._session.rank == 0:
+            try:
+                self._still_ours()
+                listed = {name: known for _, files in everyones for name, known in files.items()}
+                with durable("checkpoint.complete"):
+                    storage.write_bytes(storage.join(uri, COMPLETE), json.dumps(listed, indent=1).encode())
+                self._drop_old(best_step)
+            except (OSError, UserError) as failure:
+                error = _reason(failure)
+        error = self._gathered((error, {}))[0][0]
+        if error:
             if self._session.rank == 0:
-                shutil.rmtree(part, ignore_errors=True)
-            raise UserError(f"{self._folder}: the checkpoint could not be written ({failed}); earlier ones are intact")
+                _drop(uri)
+            raise UserError(f"{self._folder}: the checkpoint could not be written ({error}); earlier ones are intact")
 
-    def _drop_old(self, progress: Progress) -> None:
-        paths = sorted(complete(self._folder))
-        kept = {self.at(progress.best_step), *paths[-max(self._keep, 1) :]}
-        for path in set(paths) - kept:
-            _drop(path)
+    def _write_files(self, uri: str, parts: Parts, updates: int, dense: bytes, place: bytes) -> dict[str, list[Any]]:
+        """File -> [bytes, sha256] of what the rows' own checksums do not cover."""
+        s = self._session
+        name = f"rows-{s.rank:05d}-of-{s.workers:05d}"
+        with durable("checkpoint.rows"):
+            rows = write_rows(uri, f"{name}.bin", parts, updates)
+        small = {f"{name}.json": ("checkpoint.index", rows.to_json())}
+        if s.rank == 0:
+            small |= {DENSE: ("checkpoint.dense", dense), PLACE: ("checkpoint.place", place)}
+        for file, (effect, content) in small.items():
+            with durable(effect):
+                storage.write_bytes(storage.join(uri, file), content)
+        return {file: [len(content), storage.sha256(content)] for file, (_, content) in small.items()}
+
+    def _drop_old(self, best_step: int) -> None:
+        """All but this one, the best, and the newest of the rest; incomplete ones go, too."""
+        latest = list({s.step: s for s in complete(self._folder)}.values())  # of a step, the last attempt
+        kept = {s.uri for i, s in enumerate(latest) if i >= len(latest) - self._keep or s.step == best_step}
+        for saved in _all(self._folder):
+            if saved.uri not in kept:
+                _drop(saved.uri)
+
+    # ---- all workers --------------------------------------------------------------------------------------------
+
+    def _free_name(self, step: int) -> str:
+        attempts = [saved.attempt for saved in _all(self._folder) if saved.step == step]
+        again = f"-{max(attempts) + 1}" if attempts else ""
+        return storage.join(self._folder, f"step-{step:08d}{again}")
+
+    def _agreed(self, find: Callable[[], Any]) -> Any:
+        """What worker 0 finds; its UserError is everybody's."""
+        found: list[Any] = [None]
+        if self._session.rank == 0:
+            try:
+                found = [find()]
+            except UserError as error:
+                found = [error]
+        if self._session.workers > 1:
+            dist.broadcast_object_list(found)
+        if isinstance(found[0], UserError):
+            raise found[0]
+        return found[0]
+
+    def _gathered(self, mine: Any) -> list[Any]:
+        found: list[Any] = [mine] * self._session.workers
+        if self._session.workers > 1:
+            dist.all_gather_object(found, mine, group=self._group)
+        return found
 
 
-def read_progress(path: Path) -> Progress:
-    try:
-        return Progress.from_json((path / "place.json").read_text())
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise _damaged(path, error) from error
+def parts_of(session: Session) -> dict[tuple[str, str], tuple[int, torch.Tensor]]:
+    """Views of this worker's rows: weights and the fused optimiser's statistics."""
+    found = {}
+    states = session.tables.optimiser_shards()
+    for table, (first, weights) in session.tables.shards().items():
+        found[table, "weights"] = (first, weights.detach())
+        for i, state in enumerate(states[table]):
+            found[table, f"state{i}"] = (first, state)
+    return found
 
 
 def dense_state(session: Session) -> dict[str, Any]:
@@ -160,37 +313,26 @@ def dense_state(session: Session) -> dict[str, Any]:
     }
 
 
-def _drop(path: Path) -> None:
+def _is_index(name: str) -> bool:
+    return name.startswith("rows-") and name.endswith(".json")
+
+
+def _drop(uri: str) -> None:
     """The mark goes first: what is killed half-way leaves nothing that looks complete."""
-    (path / COMPLETE).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+    with durable("checkpoint.drop_mark"):
+        storage.remove_file(storage.join(uri, COMPLETE))
+    with durable("checkpoint.drop"):
+        storage.remove_folder(uri)
 
 
 def _saved(state: dict[str, Any]) -> bytes:
-    """Through memory: torch.save into a file hides why a write failed."""
     out = io.BytesIO()
     torch.save(state, out)
     return out.getvalue()
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _damaged(path: Path, error: BaseException) -> UserError:
-    return UserError(f"{path}: damaged checkpoint ({_reason(error)}); delete it to continue from the one before")
-
-
 def _reason(failure: BaseException) -> str:
-    """One line; of a failure on several workers, the first worker's."""
-    nested = getattr(failure, "failures", None)
-    if nested:
-        failure = next(iter(nested.values()))[0]
-    while not isinstance(failure, OSError) and (deeper := failure.__cause__ or failure.__context__) is not None:
-        failure = deeper
+    """One line."""
     if isinstance(failure, OSError) and failure.strerror:
         return failure.strerror
     return str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from cdr_dist.crash_points import durable
+from cdr_dist.data import storage
 from cdr_dist.data.stream import Place, Rows
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
 from cdr_dist.errors import UserError
@@ -48,7 +49,7 @@ def evaluation_rows(session: Session, split: str) -> Iterator[Rows]:
             yield rows if i < len(streams) else replace(rows, table=rows.table.slice(0, 0))
 
 
-def evaluate(session: Session, split: str, scores: Path | None = None) -> dict[str, float]:
+def evaluate(session: Session, split: str, scores: str | None = None) -> dict[str, float]:
     """The metrics of a split; HR@K and NDCG@K for evaluation.ks where negatives are stored.
 
     `scores`: worker 0 writes every row there (Parquet: user, example, label, score).
@@ -56,7 +57,8 @@ def evaluate(session: Session, split: str, scores: Path | None = None) -> dict[s
     rows = score_split(session, split)
     if scores is not None and session.rank == 0:
         columns = {"user": rows.user, "example": rows.group, "label": rows.label, "score": rows.score}
-        pq.write_table(pa.table(columns), scores)
+        with durable("run.scores"), storage.open_output(scores) as out:
+            pq.write_table(pa.table(columns), out)
     try:
         return rows.compute(ks=tuple(session.config.evaluation.ks))
     except ValueError as error:

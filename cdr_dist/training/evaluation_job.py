@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -12,11 +11,11 @@ from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.demo import dataset_of
 from cdr_dist.data.shards import verify
 from cdr_dist.errors import UserError, nearest
-from cdr_dist.training.checkpoint import Checkpoints, read_progress
+from cdr_dist.training.checkpoint import Checkpoints, newest
 from cdr_dist.training.evaluate import evaluate
 from cdr_dist.training.launch import alone, quiet_libraries
 from cdr_dist.training.options import one_of
-from cdr_dist.training.run_folder import RunFolder, complete
+from cdr_dist.training.run_folder import RunFolder
 from cdr_dist.training.session import Session
 from cdr_dist.training.worker import phases_of
 
@@ -58,9 +57,10 @@ def evaluate_run(run: str, split: str, scores: str | None = None) -> tuple[int, 
         session = Session(config, folder, [update for phase in phases_of(config) for update in phase.cycle])
         try:
             checkpoints = Checkpoints(place.checkpoints, session, config.trainer.keep)
-            checkpoints.check_dataset(checkpoints.at(step))
-            checkpoints.load_parameters(checkpoints.at(step))
-            found = evaluate(session, split, Path(scores) if scores else None)
+            saved = checkpoints.of_step(step)
+            checkpoints.check_dataset(saved)
+            checkpoints.load_parameters(saved)
+            found = evaluate(session, split, scores)
         finally:
             session.close()
     return step, {name: value if value == value else None for name, value in found.items()}
@@ -68,10 +68,10 @@ def evaluate_run(run: str, split: str, scores: str | None = None) -> tuple[int, 
 
 def best_step(place: RunFolder) -> int:
     """Of a finished run, or so far."""
-    newest = max(complete(place.checkpoints), default=None)
-    if newest is None:
-        raise UserError(f"{place.path}: has no checkpoint yet")
-    step = read_progress(newest).best_step
+    saved = newest(place.checkpoints)
+    if saved is None:
+        raise UserError(f"{place.uri}: has no checkpoint yet")
+    step = saved.progress().best_step
     if step < 0:
-        raise UserError(f"{place.path}: was not validated yet, so no checkpoint is the best")
+        raise UserError(f"{place.uri}: was not validated yet, so no checkpoint is the best")
     return step

@@ -22,11 +22,11 @@ def train_job(words: list[str], check: bool = False) -> None:
     before = place.summary()
     summary = train(config, dataset_of(config.data))
     if before == summary:
-        print(f"{place.path}: already finished ({summary['steps']} steps)", file=sys.stderr)
+        print(f"{place.uri}: already finished ({summary['steps']} steps)", file=sys.stderr)
     test = summary["metrics"]["test"]
     print(
         f"{summary['recipe']}: test AUC {test['auc']:.4f}, logloss {test['logloss']:.4f}, best step "
-        f"{summary['best']['step']} of {summary['steps']}; {place.path}"
+        f"{summary['best']['step']} of {summary['steps']}; {place.uri}"
     )
 
 

@@ -15,10 +15,13 @@ from typing import Any
 import torch.distributed as dist
 
 from cdr_dist.configuration import TrainConfig, from_yaml, to_yaml
+from cdr_dist.data import storage
 from cdr_dist.errors import STOPPED, Stopped, UserError
+from cdr_dist.training.checkpoint import newest
 from cdr_dist.training.checks import check_before_start, most_steps
 from cdr_dist.training.console import Console
-from cdr_dist.training.run_folder import RunFolder, steps_done
+from cdr_dist.training.lease import Lease
+from cdr_dist.training.run_folder import RunFolder
 
 
 def train(config: TrainConfig, folder: str, quiet: bool = False) -> dict[str, Any]:
@@ -26,25 +29,36 @@ def train(config: TrainConfig, folder: str, quiet: bool = False) -> dict[str, An
     quiet_libraries()
     manifest = check_before_start(config, folder)
     place = RunFolder(config.run)
-    new = place.is_new()
-    done = place.open(config)
-    if done is not None:
+    place.check(config)
+    done = place.summary()
+    if done is not None and place.config().trainer.max_steps == config.trainer.max_steps:
         return done
+    with Lease(place.uri) as lease:
+        result, told = _train(config, folder, place, lease.token, most_steps(config, manifest), quiet)
+    if result == STOPPED:
+        raise Stopped(f"{place.uri}: stopped; the same command continues", *told[:1])
+    summary = place.summary()
+    assert summary is not None
+    return summary
+
+
+def _train(
+    config: TrainConfig, folder: str, place: RunFolder, token: str, steps: int, quiet: bool
+) -> tuple[Any, list[int]]:
+    """What worker 0 returned, and the signals that came."""
+    new = place.is_new()
+    place.open(config)
+    saved = newest(place.checkpoints)
     title = f"{config.recipe.name} seed {config.seed}"
-    with Console(place, title, most_steps(config, manifest), steps_done(place.checkpoints), quiet):
+    with Console(place, title, steps, saved.step if saved else 0, quiet):
         start = _in_process if config.trainer.workers == 0 else _on_ray
         told: list[int] = []
         try:
-            result = start(config, _absolute(folder), place, told)
+            return start(config, _absolute(folder), place, token, told), told
         except UserError:
             if new:
                 place.discard_unless_begun()
             raise
-    if result == STOPPED:
-        raise Stopped(f"{place.path}: stopped; the same command continues", *told[:1])
-    summary = place.summary()
-    assert summary is not None
-    return summary
 
 
 def _absolute(folder: str) -> str:
@@ -84,14 +98,14 @@ def stopped_by_signals(place: RunFolder, told: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _in_process(config: TrainConfig, folder: str, place: RunFolder, told: list[int]) -> Any:
+def _in_process(config: TrainConfig, folder: str, place: RunFolder, token: str, told: list[int]) -> Any:
     from cdr_dist.training.worker import work  # loads TorchRec, which a driver of Ray workers does not need
 
     with stopped_by_signals(place, told), alone():
-        return work(config, folder, str(place.path))
+        return work(config, folder, place.uri, token)
 
 
-def _on_ray(config: TrainConfig, folder: str, place: RunFolder, told: list[int]) -> Any:
+def _on_ray(config: TrainConfig, folder: str, place: RunFolder, token: str, told: list[int]) -> Any:
     """Starts again where workers were lost. Not left to Ray Train, which starts again on a user's mistake, too."""
     from ray.train import TrainingFailedError
 
@@ -99,7 +113,7 @@ def _on_ray(config: TrainConfig, folder: str, place: RunFolder, told: list[int])
     with cluster(config.trainer.workers), stopped_by_signals(place, told):  # in this order: Ray sets its own
         while True:
             try:
-                return _trainer(config, folder, place).fit().return_value
+                return _trainer(config, folder, place, token).fit().return_value
             except TrainingFailedError as error:
                 mistake = users_mistake(error)
                 if mistake is not None:
@@ -110,7 +124,7 @@ def _on_ray(config: TrainConfig, folder: str, place: RunFolder, told: list[int])
                 print(_lost(error, lost, config.trainer.max_failures), file=sys.stderr, flush=True)
 
 
-def _trainer(config: TrainConfig, folder: str, place: RunFolder) -> Any:
+def _trainer(config: TrainConfig, folder: str, place: RunFolder, token: str) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -119,16 +133,21 @@ def _trainer(config: TrainConfig, folder: str, place: RunFolder) -> Any:
             """Ray Train's would abort the run on Ctrl-C; `stopped_by_signals` lets it finish its step."""
 
     cuda = config.trainer.device == "cuda"
+    ray_path, ray_files = place.file("ray"), None
+    if not place.local:  # through the same client, which finds endpoint and credentials as everything else does
+        store, ray_path = storage.locate(ray_path)
+        ray_files = store.arrow()
     return Trainer(
         ray_worker,
-        train_loop_config={"config": to_yaml(config), "folder": folder, "run": str(place.path)},
+        train_loop_config={"config": to_yaml(config), "folder": folder, "run": place.uri, "token": token},
         scaling_config=ScalingConfig(num_workers=config.trainer.workers, use_gpu=cuda),
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo"),
         run_config=RunConfig(
             # A name of its own for every start: Ray Train resumes its own state of an equal name, and ours is
             # the run folder's.
-            name=f"{place.path.name}-{os.getpid()}-{os.urandom(3).hex()}",
-            storage_path=str(place.path / "ray"),
+            name=f"{Path(place.uri).name}-{os.getpid()}-{os.urandom(3).hex()}",
+            storage_path=ray_path,
+            storage_filesystem=ray_files,
             failure_config=FailureConfig(max_failures=0),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
@@ -146,7 +165,7 @@ def ray_worker(given: dict[str, str]) -> Any:
     from cdr_dist.training.worker import work
 
     quiet_libraries()
-    return work(from_yaml(given["config"]), given["folder"], given["run"])
+    return work(from_yaml(given["config"]), given["folder"], given["run"], given["token"])
 
 
 @contextmanager

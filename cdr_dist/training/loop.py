@@ -90,6 +90,7 @@ class Loop:
             if not self.stopped:
                 self.progress.phase += 1
                 self.progress.position, self.progress.phase_done, self.progress.bad_validations = 0, False, 0
+        self._checkpoints.wait()
 
     def _run_phase(self, phase: Phase) -> None:
         p = self.progress

@@ -175,6 +175,9 @@ class TrainerOptions:
     """cpu or cuda."""
     checkpoint_every: int = 1000
     """Lower steps between checkpoints, besides those at validations; 0: only at validations."""
+    checkpoint: str = "background"
+    """background: training waits only for a copy of the tables, which takes their size in memory once more; in_place:
+    it waits until they are written."""
     keep: int = 2
     """Newest checkpoints that stay, besides the best."""
     log_every: int = 100
@@ -187,6 +190,7 @@ class TrainerOptions:
 
     def __post_init__(self) -> None:
         one_of("trainer.device", self.device, ("cpu", "cuda"))
+        one_of("trainer.checkpoint", self.checkpoint, ("background", "in_place"))
         one_of("trainer.verify", self.verify, ("auto", "checksum", "size"))
         at_least("trainer", self, 1, "epochs", "threads", "keep", "log_every")
         at_least("trainer", self, 0, "workers", "max_steps", "checkpoint_every", "max_failures", "max_unknown")

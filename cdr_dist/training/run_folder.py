@@ -1,6 +1,6 @@
-"""The run folder: configuration, versions, metrics, checkpoints, summary, and the word to stop.
+"""The run folder, local or in an object store: configuration, versions, metrics, checkpoints, summary, word to stop.
 
-config.yaml  versions.json  metrics.jsonl  checkpoints/  tensorboard/  summary.json
+config.yaml  versions.json  metrics.jsonl  checkpoints/  tensorboard/  summary.json  lease.json
 """
 
 from __future__ import annotations
@@ -8,37 +8,43 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import os
 import platform
-import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from cdr_dist import configuration
 from cdr_dist.configuration import TrainConfig
+from cdr_dist.crash_points import durable
+from cdr_dist.data import storage
 from cdr_dist.errors import UserError
+from cdr_dist.training.lease import FILE as LEASE
 
 FREE = ("trainer.workers", "trainer.max_steps", "trainer.log_every", "trainer.checkpoint_every", "trainer.keep", "run")
 """What may differ when a run is continued (and max_steps only upwards)."""
-FREE_TOO = ("trainer.max_failures", "trainer.verify")
+FREE_TOO = ("trainer.max_failures", "trainer.verify", "trainer.checkpoint")
 SCORES = "scores_test.parquet"
 """Every row of the test split as the best checkpoint scores it: user, example, label, score."""
-COMPLETE = "COMPLETE"
-"""The file that a checkpoint ends with."""
+METRICS, SUMMARY, CONFIG, STOP = "metrics.jsonl", "summary.json", "config.yaml", "stop"
+FLUSH_S = 5.0
+"""Object stores have no appending: metrics.jsonl is written anew, at most this often."""
 _PACKAGES = ("torch", "torchrec", "ray", "pyarrow", "numpy", "polars", "hydra-core")
 
 
 class RunFolder:
-    """Paths and files of one run. One process writes: worker 0, or the driver before workers start."""
+    """Files of one run. One process writes: worker 0, or the driver before workers start."""
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path).expanduser().absolute()
-        self.checkpoints = self.path / "checkpoints"
-        self.tensorboard = self.path / "tensorboard"
-        self._config = self.path / "config.yaml"
-        self._metrics = self.path / "metrics.jsonl"
-        self._stop = self.path / "stop"
+    def __init__(self, uri: str) -> None:
+        self.local = storage.is_local(uri)
+        self.uri = str(Path(uri).expanduser().absolute()) if self.local else uri.rstrip("/")
+        self.checkpoints = self.file("checkpoints")
+        self._lines: list[str] = []
+        """Of an object store's metrics.jsonl, as far as this process knows it."""
+        self._flushed = 0.0
+
+    def file(self, name: str) -> str:
+        return storage.join(self.uri, name)
 
     def open(self, config: TrainConfig) -> dict[str, Any] | None:
         """Creates the folder, or checks that it holds this very run; the summary where that is finished.
@@ -46,59 +52,69 @@ class RunFolder:
         UserError says what differs. A finished run that is now to take more steps is no longer finished.
         """
         self.check(config)
-        if self._config.exists() and self.config().trainer.max_steps != config.trainer.max_steps:
-            (self.path / "summary.json").unlink(missing_ok=True)
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
-        self._write(self._config, configuration.to_yaml(config))
-        self._write(self.path / "versions.json", json.dumps(versions(), indent=1))
-        self._stop.unlink(missing_ok=True)
+        if not self.is_new() and self.config().trainer.max_steps != config.trainer.max_steps:
+            storage.remove_file(self.file(SUMMARY))
+        with durable("run.config"):
+            storage.write_bytes(self.file(CONFIG), configuration.to_yaml(config).encode())
+        with durable("run.versions"):
+            storage.write_bytes(self.file("versions.json"), json.dumps(versions(), indent=1).encode())
+        storage.remove_file(self.file(STOP))
         return self.summary()
 
     def is_new(self) -> bool:
-        return not self._config.exists()
+        return not storage.exists(self.file(CONFIG))
 
     def discard_unless_begun(self) -> None:
         """Removes a folder that holds no measurement and no checkpoint: a mended command may then use it."""
-        if not self.lines() and not any(self.checkpoints.glob("*")):
-            shutil.rmtree(self.path, ignore_errors=True)
+        if not self.lines() and not storage.names(self.checkpoints):
+            storage.remove_folder(self.uri)
 
     def check(self, config: TrainConfig) -> None:
         """Whether this folder can take the run: empty, not there, or this very run."""
-        if "://" in config.run:
-            raise UserError(f"run={config.run}: must be a folder that all workers see, not a URI")
-        if self._config.exists():
-            self._check_same(configuration.from_yaml(self._config.read_text()), config)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise UserError(f"{self.path}: holds something that is not a run; choose another run=")
+        if not self.is_new():
+            self._check_same(self.config(), config)
+        elif (storage.exists(self.uri) and not storage.is_folder(self.uri)) or set(storage.names(self.uri)) - {LEASE}:
+            raise UserError(f"{self.uri}: holds something that is not a run; choose another run=")
 
     def config(self) -> TrainConfig:
-        if not self._config.exists():
-            raise UserError(f"{self.path}: not a run (no config.yaml)")
-        return configuration.from_yaml(self._config.read_text())
+        if self.is_new():
+            raise UserError(f"{self.uri}: not a run (no {CONFIG})")
+        return configuration.from_yaml(storage.read_bytes(self.file(CONFIG)).decode())
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run."""
-        path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        uri = self.file(SUMMARY)
+        return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        self._write(self.path / "summary.json", json.dumps(_plain(summary), indent=1))
+        with durable("run.summary"):
+            storage.write_bytes(self.file(SUMMARY), json.dumps(_plain(summary), indent=1).encode())
 
     def log(self, **values: Any) -> None:
-        """Appends one line to metrics.jsonl."""
+        """Appends one line to metrics.jsonl; to one in an object store with the next `flush`."""
+        line = json.dumps(_plain(values) | {"time": round(time.time(), 3)}) + "\n"
+        if not self.local:
+            self._lines.append(line)
+            if time.monotonic() - self._flushed > FLUSH_S:
+                self.flush()
+            return
         try:
-            with self._metrics.open("a") as out:
-                out.write(json.dumps(_plain(values) | {"time": round(time.time(), 3)}) + "\n")
+            with durable("run.line"), Path(self.file(METRICS)).open("a") as out:
+                out.write(line)
         except OSError as error:
-            raise _unwritable(self._metrics, error) from error
+            raise UserError(f"{self.file(METRICS)}: cannot be written ({error.strerror or error})") from error
+
+    def flush(self) -> None:
+        if not self.local:
+            storage.write_bytes(self.file(METRICS), "".join(self._lines).encode())
+            self._flushed = time.monotonic()
 
     def forget_after(self, step: int) -> None:
         """Drops the lines that a resume at `step` repeats: later steps, and what came between it and the next one."""
         kept = [line for line in self.lines() if line["step"] + (line["split"] == "upper") <= step]
-        self._write(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        self._lines = [json.dumps(line) + "\n" for line in kept]
+        with durable("run.forget"):
+            storage.write_bytes(self.file(METRICS), "".join(self._lines).encode())
 
     def lines(self) -> list[dict[str, Any]]:
         return self.lines_after(0)[0]
@@ -108,19 +124,28 @@ class RunFolder:
 
         A resume may have cut the file since: then nothing, and its end.
         """
-        if not self._metrics.exists():
+        uri = self.file(METRICS)
+        if not storage.exists(uri):
             return [], 0
-        with self._metrics.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(min(offset, size))
-            found, end, _ = file.read().rpartition(b"\n")  # the rest is being written, or of a killed run
-        return [json.loads(line) for line in found.splitlines()], min(offset, size) + len(found) + len(end)
+        start, size = min(offset, storage.size(uri)), storage.size(uri)
+        read = storage.read_range(uri, start, size) if start < size else b""
+        found, end, _ = read.rpartition(b"\n")  # the rest is being written, or of a killed run
+        return [json.loads(line) for line in found.splitlines()], start + len(found) + len(end)
+
+    def board(self) -> Path:
+        """Where TensorBoard's files are written; `publish_board` brings them to an object store."""
+        return Path(self.file("tensorboard")) if self.local else Path(tempfile.mkdtemp(prefix="tensorboard-"))
+
+    def publish_board(self, board: Path) -> None:
+        if not self.local:
+            for path in board.iterdir():
+                storage.write_bytes(self.file(f"tensorboard/{path.name}"), path.read_bytes())
 
     def ask_to_stop(self) -> None:
-        self._stop.touch()
+        storage.write_bytes(self.file(STOP), b"")
 
     def stop_asked(self) -> bool:
-        return self._stop.exists()
+        return storage.exists(self.file(STOP))
 
     def _check_same(self, before: TrainConfig, now: TrainConfig) -> None:
         changed = configuration.differences(before, now, FREE + FREE_TOO)
@@ -131,21 +156,7 @@ class RunFolder:
             changed.append(f"trainer.max_steps: {old} -> {new} (only a larger one may continue a run)")
         if changed:
             shown = "; ".join(changed[:5]) + ("; …" if len(changed) > 5 else "")
-            raise UserError(f"{self.path}: holds a run with another configuration: {shown}. Choose another run=")
-
-    @staticmethod
-    def _write(path: Path, text: str) -> None:
-        """Whole or not at all."""
-        part = path.with_name(path.name + ".part")
-        try:
-            part.write_text(text)
-            os.replace(part, path)
-        except OSError as error:
-            raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written ({error.strerror or error})")
+            raise UserError(f"{self.uri}: holds a run with another configuration: {shown}. Choose another run=")
 
 
 def _plain(value: Any) -> Any:
@@ -160,13 +171,3 @@ def _plain(value: Any) -> Any:
 def versions() -> dict[str, str]:
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **found}
-
-
-def complete(folder: Path) -> list[Path]:
-    """The checkpoints in a run's `checkpoints` that were written to their end."""
-    return [p for p in folder.glob("step-*") if (p / COMPLETE).exists()]
-
-
-def steps_done(folder: Path) -> int:
-    """Of the newest complete checkpoint; 0 where there is none."""
-    return max((int(path.name.removeprefix("step-")) for path in complete(folder)), default=0)

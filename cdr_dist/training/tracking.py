@@ -16,7 +16,8 @@ class Recorder:
         self._folder, self._log_every = folder, log_every
         self._sums: dict[str, float] = defaultdict(float)
         self._count = 0
-        self._board = SummaryWriter(str(folder.tensorboard))
+        self._files = folder.board()
+        self._board = SummaryWriter(str(self._files))
 
     def trained(self, step: int, phase: str, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -32,9 +33,16 @@ class Recorder:
 
     def validated(self, step: int, phase: str, values: dict[str, float]) -> None:
         self._write(step, phase, "valid", values)
+        self._publish()
 
     def close(self) -> None:
         self._board.close()
+        self._publish()
+
+    def _publish(self) -> None:
+        self._board.flush()
+        self._folder.flush()
+        self._folder.publish_board(self._files)
 
     def _write(self, step: int, phase: str, split: str, values: dict[str, float]) -> None:
         self._folder.log(step=step, phase=phase, split=split, values=values)

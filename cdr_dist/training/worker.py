@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import signal
 import threading
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from cdr_dist.configuration import TrainConfig
+from cdr_dist.crash_points import durable
+from cdr_dist.data import storage
 from cdr_dist.data.shards import verify
 from cdr_dist.embeddings.workers import rank, world_size
-from cdr_dist.errors import STOPPED
+from cdr_dist.errors import STOPPED, UserError
+from cdr_dist.training import lease
 from cdr_dist.training.checkpoint import Checkpoints
 from cdr_dist.training.checks import build_updates
 from cdr_dist.training.digest import parameters_sha256
@@ -26,34 +30,35 @@ from cdr_dist.training.session import Session
 from cdr_dist.training.tracking import Recorder, Silent
 
 
-def work(
-    config: TrainConfig, folder: str, run: str, barrier: Callable[[], None] | None = None
-) -> dict[str, Any] | str | None:
+def work(config: TrainConfig, folder: str, run: str, token: str = "") -> dict[str, Any] | str | None:
     """Trains; worker 0 returns the summary, the others None, all of them STOPPED where the run was stopped.
 
-    torch.distributed is initialised. `barrier` is called once every worker has its session.
+    torch.distributed is initialised. token: of the run folder's lease, which checkpoints are written under.
     """
     torch.set_num_threads(config.trainer.threads)
-    stop = StopWord(RunFolder(run))
     phases = phases_of(config)
     session = Session(config, folder, [update for phase in phases for update in phase.cycle])
     verify(folder, session.manifest, session.rank, session.workers, config.trainer.verify)
     place = RunFolder(run)
     watcher = Recorder(place, config.trainer.log_every) if session.rank == 0 else Silent()
-    checkpoints = Checkpoints(place.checkpoints, session, config.trainer.keep)
+    still_ours = functools.partial(lease.check, place.file(lease.FILE), token) if token else lambda: None
+    checkpoints = Checkpoints(
+        place.checkpoints, session, config.trainer.keep, config.trainer.checkpoint == "background", still_ours
+    )
+    stop = StopWord(place)
     loop = Loop(session, phases, checkpoints, watcher, stop.wanted)
     try:
         step = loop.resume()
         if session.rank == 0:
             place.forget_after(step)
-        if barrier is not None:
-            barrier()
         loop.run()
         if loop.stopped:
             return STOPPED
         return _summary(config, session, loop, checkpoints, place)
     finally:
         session.close()
+        checkpoints.close()
+        stop.close()
         if isinstance(watcher, Recorder):
             watcher.close()
 
@@ -67,19 +72,26 @@ def phases_of(config: TrainConfig) -> list[Phase]:
 
 
 class StopWord:
-    """Told to stop by SIGTERM to this process, or through the run folder (worker 0 looks once a second)."""
+    """Told to stop by SIGTERM to this process, or through the run folder (a thread of worker 0 looks once a second)."""
 
     def __init__(self, folder: RunFolder) -> None:
-        self._folder, self._told, self._looked = folder, False, 0.0
+        self._folder, self._told, self._over = folder, False, threading.Event()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._tell)
+        self._thread = threading.Thread(target=self._look, daemon=True, name="cdr-stop")
+        if rank() == 0:
+            self._thread.start()
 
     def wanted(self) -> bool:
-        now = time.monotonic()
-        if rank() == 0 and now - self._looked > 1.0:
-            self._looked = now
-            self._told = self._told or self._folder.stop_asked()
         return self._told
+
+    def close(self) -> None:
+        self._over.set()
+
+    def _look(self) -> None:
+        while not (self._told or self._over.wait(1.0)):
+            with contextlib.suppress(UserError):  # a store that does not answer now is asked again
+                self._told = self._told or self._folder.stop_asked()
 
     def _tell(self, *_: object) -> None:
         self._told = True
@@ -91,8 +103,8 @@ def _summary(
     """What summary.json holds; the metrics are those of the best checkpoint, the digest that of the last state."""
     p, manifest = loop.progress, session.manifest
     digest = parameters_sha256(session)
-    checkpoints.load_parameters(checkpoints.at(p.best_step))
-    metrics = {"valid": evaluate(session, "valid"), "test": evaluate(session, "test", place.path / SCORES)}
+    checkpoints.load_parameters(checkpoints.of_step(p.best_step))
+    metrics = {"valid": evaluate(session, "valid"), "test": evaluate(session, "test", place.file(SCORES))}
     passes = dict(session.passes)
     weights = weights_by_category(session) if session.perceptron is not None else None
     predicted = p.step + p.upper_steps * config.hypergradient.passes
@@ -116,6 +128,7 @@ def _summary(
             "examples_per_s": round(loop.rows / loop.seconds, 1) if loop.seconds else None,
             "stall_share": round(session.lower.waited_s / loop.seconds, 4) if loop.seconds else None,
             "train_s": round(loop.seconds, 2),
+            "checkpoint_stall_s": round(checkpoints.stalled_s, 3),
         },
         "backward_passes": {**passes, "predicted": predicted},
         "parameters_sha256": digest,
@@ -123,7 +136,8 @@ def _summary(
     if session.rank:
         return None
     if weights is not None:
-        weights.write_parquet(place.path / "weights.parquet")
+        with durable("run.weights"), storage.open_output(place.file("weights.parquet")) as out:
+            pq.write_table(weights.to_arrow(), out)
         summary["weights"] = {
             "mean": float(np.average(weights["weight"], weights=weights["behaviours"])),
             "truth": against_truth(session, weights),
