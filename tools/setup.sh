@@ -27,5 +27,11 @@ else
   .venv/bin/python -c 'import torch' 2>/dev/null || install -r requirements/cuda-libs.txt
 fi
 install --no-build-isolation -e .
-.venv/bin/python -c 'import torch, fbgemm_gpu, torchrec, ray'
+# Compiles what a worker imports, some 3,000 modules: where PYTHONDONTWRITEBYTECODE is set, every process would do it.
+env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -c '
+import compileall, hypothesis, pytest, ray.train.torch, cdr_dist.training.worker
+for folder in ray.__path__:
+    for part in ("_private", "dashboard", "train"):
+        compileall.compile_dir(f"{folder}/{part}", quiet=2)
+'
 echo "$want" > .venv/stamp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -80,7 +81,10 @@ class _Producer:
 
     def close(self) -> None:
         self._closed.set()
-        self._thread.join()
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self._ready.get_nowait()  # a thread that waits for room goes on, and sees that it is over
+            self._thread.join(0.001)
 
     def _run(self, place: Place) -> None:
         while not self._closed.is_set():

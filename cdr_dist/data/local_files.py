@@ -77,7 +77,7 @@ class LocalUpload:
 
     def start(self) -> None:
         def make() -> Any:
-            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            _make_folder(os.path.dirname(self._path), self._durable)
             return open(self._part, "wb", buffering=0)
 
         self._file = within_deadline(make)
@@ -102,11 +102,7 @@ class LocalUpload:
             if os.path.exists(self._part) or not os.path.exists(self._path):  # else: renamed by a try before
                 os.replace(self._part, self._path)
             if self._durable:
-                folder = os.open(os.path.dirname(self._path), os.O_RDONLY)
-                try:
-                    os.fsync(folder)
-                finally:
-                    os.close(folder)
+                _sync_folder(os.path.dirname(self._path))
 
         within_deadline(rename)
 
@@ -114,6 +110,25 @@ class LocalUpload:
         if self._file is not None:
             self._file.close()
             _remove(self._part)
+
+
+def _make_folder(path: str, durable: bool) -> None:
+    """With its parents; a new folder's name lasts once the folder that it stands in is on the disk."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    _make_folder(parent, durable)
+    os.makedirs(path, exist_ok=True)  # another worker may make it at the same time
+    if durable:
+        _sync_folder(parent)
+
+
+def _sync_folder(path: str) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _read(path: str, start: int, stop: int) -> bytes:

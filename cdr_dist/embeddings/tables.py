@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
@@ -30,8 +31,6 @@ from torchrec.distributed.planner.types import ParameterConstraints, PlannerErro
 from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
-from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from cdr_dist.embeddings.exchange import RowExchange
 from cdr_dist.embeddings.initialisation import normal_rows
@@ -39,11 +38,11 @@ from cdr_dist.embeddings.options import TableOptions, TableSpec
 from cdr_dist.embeddings.workers import rank, world_size
 from cdr_dist.errors import UserError
 
-_OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {
-    "rowwise_adagrad": RowWiseAdagrad,
-    "adagrad": torch.optim.Adagrad,
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
+_OPTIMISERS = {
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adam": EmbOptimType.ADAM,
 }
 
 
@@ -105,7 +104,8 @@ class ShardedTables:
 
     def optimiser_shards(self) -> dict[str, list[Tensor]]:
         """Table -> the fused optimiser's statistics of this worker's rows ([rows] or [rows, width] each), writable."""
-        states = self._kernel.split_optimizer_states() or [[] for _ in self._names]  # SGD has none
+        none = self._kernel.optimizer == EmbOptimType.EXACT_SGD  # for which FBGEMM shows memory that nobody wrote
+        states = [[] for _ in self._names] if none else self._kernel.split_optimizer_states()
         return dict(zip(self._names, states, strict=True))
 
     @property
@@ -195,9 +195,7 @@ def _shard(specs: list[TableSpec], options: TableOptions, device: torch.device) 
         ],
         device=torch.device("meta"),
     )
-    # A dictionary of its own for each call: apply_optimizer_in_backward changes it.
-    apply_optimizer_in_backward(_OPTIMISERS[options.optimiser], collection.parameters(), _fused(options))
-    sharder = EmbeddingCollectionSharder()
+    sharder = EmbeddingCollectionSharder(fused_params=_fused(options))
     plan = plan_tables(_Holder(collection), [s.name for s in specs], world_size(), device)
     module_plan = plan.plan["tables"]
     group = dist.group.WORLD
@@ -207,7 +205,9 @@ def _shard(specs: list[TableSpec], options: TableOptions, device: torch.device) 
 def _fused(options: TableOptions) -> dict[str, Any]:
     """What the fused optimiser takes. FBGEMM ignores a weight decay that comes without its mode."""
     decay = {"weight_decay": options.weight_decay, "weight_decay_mode": WeightDecayMode.DECOUPLE}
-    return {"lr": options.lr} | (decay if options.weight_decay else {})
+    return {"optimizer": _OPTIMISERS[options.optimiser], "learning_rate": options.lr} | (
+        decay if options.weight_decay else {}
+    )
 
 
 def plan_tables(holder: nn.Module, names: list[str], workers: int, device: torch.device) -> Any:

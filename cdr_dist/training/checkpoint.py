@@ -22,13 +22,13 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from cdr_dist.crash_points import durable
 from cdr_dist.data import storage
 from cdr_dist.data.stream import Place
 from cdr_dist.errors import UserError
 from cdr_dist.training.rows_file import Parts, RowsFile, read_rows, write_rows
+from cdr_dist.training.talk import OverGroup, Talk, agreed
 
 if TYPE_CHECKING:
     from cdr_dist.training.session import Session
@@ -124,12 +124,13 @@ class Checkpoints:
         keep: int,
         in_background: bool = False,
         still_ours: Callable[[], None] = lambda: None,
+        talk: Callable[..., Talk] = OverGroup,
     ) -> None:
         self._folder, self._session, self._keep = folder, session, keep
         self._in_background, self._still_ours = in_background, still_ours
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cdr-checkpoint")
         # What the thread tells the other workers' threads must not meet what training says meanwhile.
-        self._group = dist.new_group(backend="gloo") if in_background and session.workers > 1 else None
+        self._talk, self._threads_talk = talk(), talk(own=True)
         self._writing: Future[None] | None = None
         self._copy: dict[tuple[str, str], torch.Tensor] = {}
         self.stalled_s = 0.0
@@ -227,7 +228,7 @@ class Checkpoints:
         except Exception as failure:  # whatever it is, the other workers wait for this one's word
             error = _reason(failure)
         with durable("checkpoint.barrier"):
-            everyones = self._gathered((error, written))
+            everyones = self._threads_talk.gather((error, written))
         error = next((e for e, _ in everyones if e), "")
         if not error and self._session.rank == 0:
             try:
@@ -238,7 +239,7 @@ class Checkpoints:
                 self._drop_old(best_step)
             except (OSError, UserError) as failure:
                 error = _reason(failure)
-        error = self._gathered((error, {}))[0][0]
+        error = self._threads_talk.gather((error, {}))[0][0]
         if error:
             if self._session.rank == 0:
                 _drop(uri)
@@ -274,24 +275,7 @@ class Checkpoints:
         return storage.join(self._folder, f"step-{step:08d}{again}")
 
     def _agreed(self, find: Callable[[], Any]) -> Any:
-        """What worker 0 finds; its UserError is everybody's."""
-        found: list[Any] = [None]
-        if self._session.rank == 0:
-            try:
-                found = [find()]
-            except UserError as error:
-                found = [error]
-        if self._session.workers > 1:
-            dist.broadcast_object_list(found)
-        if isinstance(found[0], UserError):
-            raise found[0]
-        return found[0]
-
-    def _gathered(self, mine: Any) -> list[Any]:
-        found: list[Any] = [mine] * self._session.workers
-        if self._session.workers > 1:
-            dist.all_gather_object(found, mine, group=self._group)
-        return found
+        return agreed(self._talk, find, self._session.rank)
 
 
 def parts_of(session: Session) -> dict[tuple[str, str], tuple[int, torch.Tensor]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from typing import Any
 
 from tqdm import tqdm
 
+from cdr_dist.errors import UserError
 from cdr_dist.training.run_folder import RunFolder
 
 
@@ -41,9 +43,10 @@ class Console:
     def _follow(self) -> None:
         while True:
             last = self._done.wait(0.5)
-            lines, self._seen = self._folder.lines_after(self._seen)
-            for line in lines:
-                self._show(line)
+            with contextlib.suppress(UserError):  # a resume may be rewriting the file: the next look finds it
+                lines, self._seen = self._folder.lines_after(self._seen)
+                for line in lines:
+                    self._show(line)
             if last:
                 return
 

@@ -73,8 +73,12 @@ class RunFolder:
         """Whether this folder can take the run: empty, not there, or this very run."""
         if not self.is_new():
             self._check_same(self.config(), config)
-        elif (storage.exists(self.uri) and not storage.is_folder(self.uri)) or set(storage.names(self.uri)) - {LEASE}:
+        elif (storage.exists(self.uri) and not storage.is_folder(self.uri)) or self._foreign():
             raise UserError(f"{self.uri}: holds something that is not a run; choose another run=")
+
+    def _foreign(self) -> list[str]:
+        """What stands in a folder before its run begins, but for what a crash then leaves: a lease, halves of files."""
+        return [name for name in storage.names(self.uri) if name != LEASE and not name.startswith(".")]
 
     def config(self) -> TrainConfig:
         if self.is_new():

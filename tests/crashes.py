@@ -1,0 +1,39 @@
+"""Jobs in processes of their own that die where a test says. They are forked after the imports: no seconds of start."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import sys
+from pathlib import Path
+
+from cdr_dist.jobs import run_job
+
+_FORKS = mp.get_context("forkserver")
+_FORKS.set_forkserver_preload(["tests.crashes", "cdr_dist.training.job", "cdr_dist.training.worker"])
+KILLED = -9
+SECONDS = 120
+"""A job that takes longer hangs."""
+
+
+def job(name, main, given, crash="", screen="/dev/null"):
+    """The exit code of `jobs/NAME.py WORDS`; crash: the point where it dies, as CDR_CRASH says it."""
+    process = _FORKS.Process(target=_run, args=(name, main, list(map(str, given)), crash, str(screen)))
+    process.start()
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise AssertionError(f"{name} {crash}: no end within {SECONDS} s")
+    return process.exitcode
+
+
+def _run(name, main, given, crash, screen):
+    os.environ["CDR_CRASH"] = crash
+    with Path(screen).open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [f"{name}.py", *given]
+    code = run_job(name, None, main)
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,112 @@
+"""Killed right before and right after every effect that lasts, also while it recovers: nothing is lost or doubled."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from cdr_dist.crash_points import EFFECTS
+from cdr_dist.training.job import train_job
+from tests.crashes import KILLED, job
+from tests.datasets import rated, scratch
+from tests.runs import same_run, steps_of, train, words
+
+ROOT = Path(__file__).parents[1]
+TRAINING = [e for e in EFFECTS if e.startswith(("run.", "checkpoint."))]
+
+
+def given(run, *more):
+    return words(
+        rated(),
+        run,
+        "recipe=biao",
+        "upper.interval=4",
+        "trainer.max_steps=12",
+        "trainer.checkpoint_every=3",
+        "trainer.keep=1",
+        "trainer.log_every=4",
+        "evaluation.every=6",
+        *more,
+    )
+
+
+@functools.cache
+def undisturbed():
+    run = scratch() / "undisturbed"
+    assert job("train", train_job, given(run)) == 0
+    return run
+
+
+def recovers(run, screen):
+    assert job("train", train_job, given(run), screen=screen) == 0, screen.read_text()
+    assert "Traceback" not in screen.read_text()
+    same_run(undisturbed(), run)
+    left = sorted(p.name for p in run.rglob("*") if p.name.startswith(".") or p.name == "lease.json")
+    assert left == [] or all(name.endswith(".part") for name in left)
+
+
+def test_every_effect_has_a_name_and_every_name_an_effect():
+    named = re.compile(r'durable\(\s*"([a-z_.]+)"')
+    listed = re.compile(r'\("((?:run|checkpoint|prepare)\.[a-z_]+)",')
+    sources = [p.read_text() for p in (ROOT / "cdr_dist").rglob("*.py") if p.name != "crash_points.py"]
+    found = {name for text in sources for name in [*named.findall(text), *listed.findall(text)]}
+    assert found == set(EFFECTS)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("effect", TRAINING)
+def test_killed_at_any_effect_the_run_recovers(effect, when, tmp_path):
+    run, screen = tmp_path / "run", tmp_path / "screen"
+    count = 2 if effect.startswith(("checkpoint.", "run.line")) and "drop" not in effect else 1
+    assert job("train", train_job, given(run), f"{effect}:{when}:{count}", screen) == KILLED
+    recovers(run, screen)
+
+
+IN_RECOVERY = [
+    "run.lease:after",
+    "run.forget:before",
+    "run.forget:after",
+    "checkpoint.rows:before",
+    "checkpoint.complete:after",
+    "checkpoint.drop_mark:after",
+    "checkpoint.drop:after",
+]
+
+
+@pytest.mark.parametrize("point", IN_RECOVERY)
+def test_killed_again_while_it_recovers(point, tmp_path):
+    run, screen = tmp_path / "run", tmp_path / "screen"
+    assert job("train", train_job, given(run), "checkpoint.place:after:2", screen) == KILLED
+    assert job("train", train_job, given(run), f"{point}:1", screen) == KILLED
+    recovers(run, screen)
+
+
+@pytest.mark.parametrize(("point", "rank"), [("checkpoint.barrier:before:2", 1), ("checkpoint.complete:after:2", 0)])
+def test_one_of_two_workers_dies_at_a_checkpoint(point, rank, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(AssertionError, match="process ended"):
+        train(given(run), 2, within=functools.partial(dying_at, point, rank))
+    assert steps_of(run) == (3 if rank else 6)
+    train(given(run), 2)
+    train(given(tmp_path / "whole"), 2)
+    same_run(tmp_path / "whole", run)
+
+
+class dying_at:  # noqa: N801 - a context manager, used like a function
+    """In a worker: dies at the point if it has this rank."""
+
+    def __init__(self, point, rank):
+        self._told = {"CDR_CRASH": point, "CDR_CRASH_RANK": str(rank)}
+
+    def __enter__(self):
+        import torch.distributed as dist
+
+        os.environ.update(self._told, RANK=str(dist.get_rank()))
+
+    def __exit__(self, *_):
+        for name in (*self._told, "RANK"):
+            os.environ.pop(name, None)

@@ -1,0 +1,171 @@
+"""Seeded histories of training, saving, crashing, losing power, damage and resuming, against the model of what must be.
+
+CDR_HISTORIES=10000 CDR_SEED=3 python -m pytest tests/test_histories.py runs more of them, and others.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import hypothesis
+from hypothesis import strategies as some
+
+from cdr_dist.errors import UserError
+from cdr_dist.training import checkpoint
+from tests.storage_model import Kept, Shape, states
+from tests.storage_world import Crash, Disk, World, damage
+
+HISTORIES = int(os.environ.get("CDR_HISTORIES", "500"))
+SEED = int(os.environ.get("CDR_SEED", "8"))
+STEPS = 16
+WRITES = ("checkpoint.rows", "checkpoint.index", "checkpoint.dense", "checkpoint.place", "checkpoint.barrier")
+POINTS = [
+    f"{e}:{w}"
+    for e in (*WRITES, "checkpoint.complete", "checkpoint.drop_mark", "checkpoint.drop")
+    for w in ("before", "after")
+]
+
+SHAPES = some.builds(
+    Shape,
+    groups=some.sampled_from([(5, 3, 7, 4), (9, 2), (1, 1, 1, 6, 1)]),
+    lanes=some.integers(3, 5),
+    window=some.integers(1, 3),
+    rows_per_step=some.integers(2, 6),
+)
+EVENTS = some.one_of(
+    some.tuples(some.just("train"), some.integers(1, 5)),
+    some.tuples(some.just("save"), some.booleans()),
+    some.tuples(some.just("save and go on"), some.booleans()),
+    some.tuples(some.just("crash"), some.integers(1, 3)),
+    some.tuples(some.just("crash while saving"), some.sampled_from(POINTS), some.integers(1, 2), some.integers(1, 3)),
+    some.tuples(some.just("lose power"), some.integers(1, 3)),
+    some.tuples(some.just("damage"), some.integers(0, 9), some.integers(0, 999), some.integers(1, 3)),
+)
+
+
+class History:
+    """Tells a history to a world and to the model, and compares them after every resume."""
+
+    def __init__(self, folder, shape, keep, in_background, disk):
+        self._folder, self._shape, self._keep, self._in_background = folder, shape, keep, in_background
+        self._disk, self._truth = disk, states(shape, 80)
+        self._model = Kept(keep)
+        self._best = -1
+        self._world = None
+        self._start(2, None)
+
+    def train(self, steps):
+        self._world.train(steps)
+        self._check()
+
+    def save(self, best, wait=True):
+        if self._world.progress.step in (0, self._model.newest()):
+            return
+        self._best = self._world.progress.step if best else self._best
+        self._world.save(self._best, wait)
+        self._model.save(self._world.progress.step, self._best)
+        if wait:
+            self._check_folder()
+
+    def save_and_go_on(self, best):
+        self.save(best, wait=False)
+
+    def crash(self, workers):
+        self._world.wait()  # a checkpoint in flight may or may not be complete: `crash while saving` says which
+        self._start(workers, None)
+
+    def crash_while_saving(self, point, count, workers):
+        if self._world.progress.step in (0, self._model.newest()):
+            return
+        self._world.wait()
+        step = self._world.progress.step
+        self._world._crash_at = (point, count)
+        try:
+            self._world.save(self._best)
+        except Crash:
+            there = [s.step for s in checkpoint.complete(str(self._folder))]
+            must = point.startswith("checkpoint.drop") or (point == "checkpoint.complete:after" and count == 1)
+            assert (step in there) or not must
+            assert (step not in there) or point not in [f"{w}:before" for w in WRITES] or count > 1 or must
+            if step in there:
+                self._model.save(step, self._best, crashed=True)
+        else:
+            self._model.save(step, self._best)
+        self._start(workers, None)
+
+    def lose_power(self, workers):
+        self._world.wait()
+        self._world.end()
+        self._disk.lose_power(self._folder.parent)
+        self._world = None
+        self._start(workers, None)
+
+    def damage(self, which, how, workers):
+        self._world.wait()
+        if not self._model.complete:
+            return
+        newest = checkpoint.newest(str(self._folder))
+        assert newest.step == self._model.newest()
+        name, kind = damage(Path(newest.uri), which, how)
+        error = self._error_of_a_start(workers)
+        passed_over = (name, kind) == ("COMPLETE", "remove")
+        assert (error is None) == passed_over, f"{kind} of {name}: {error}"
+        if error is not None:
+            assert newest.uri in str(error)
+            shutil.rmtree(newest.uri)  # as it says
+            self._model.lose_newest()
+            self._start(workers, None)
+
+    def _error_of_a_start(self, workers):
+        try:
+            self._start(workers, None)
+        except UserError as error:
+            return error
+
+    def end(self):
+        self.train(STEPS)
+        self.save(False)
+        self._world.end()
+
+    def _start(self, workers, crash_at):
+        if self._world is not None:
+            self._world.end()
+        self._world = World(
+            str(self._folder), self._shape, min(workers, self._shape.lanes), self._keep, self._in_background, crash_at
+        )
+        try:
+            self._world.resume()
+        except BaseException:
+            self._world.end()
+            self._world = None
+            raise
+        self._best = self._world.progress.best_step
+        there = [s.step for s in checkpoint.complete(str(self._folder))]
+        if self._world.progress.step != self._model.newest():  # the mark was removed: passed over
+            assert self._model.newest() not in there
+            self._model.lose_newest()
+        assert self._world.progress.step == max([self._model.newest(), *(self._model.perhaps & set(there))])
+        self._check()
+
+    def _check(self):
+        assert self._world.state() == self._truth[self._world.progress.step]
+
+    def _check_folder(self):
+        there = {s.step for s in checkpoint.complete(str(self._folder))}
+        assert set(self._model.complete) <= there <= set(self._model.complete) | self._model.perhaps
+
+
+@hypothesis.seed(SEED)
+@hypothesis.settings(
+    max_examples=HISTORIES, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
+@hypothesis.given(SHAPES, some.integers(1, 3), some.booleans(), some.lists(EVENTS, max_size=9))
+def test_every_history_ends_as_the_model_says(shape, keep, in_background, events):
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="histories-") as scratch, Disk().watched() as disk:
+        history = History(Path(scratch) / "run" / "checkpoints", shape, keep, in_background, disk)
+        for name, *arguments in events:
+            getattr(history, name.replace(" ", "_"))(*arguments)
+        history.end()
