@@ -141,7 +141,7 @@ def _trainer(config: TrainConfig, folder: str, place: RunFolder, token: str) -> 
         ray_worker,
         train_loop_config={"config": to_yaml(config), "folder": folder, "run": place.uri, "token": token},
         scaling_config=ScalingConfig(num_workers=config.trainer.workers, use_gpu=cuda),
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo"),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout_s=config.trainer.hang_s),
         run_config=RunConfig(
             # A name of its own for every start: Ray Train resumes its own state of an equal name, and ours is
             # the run folder's.

@@ -15,6 +15,7 @@ from cdr_dist.embeddings.workers import max_over_workers
 from cdr_dist.errors import UserError
 from cdr_dist.training.checkpoint import Checkpoints, Progress
 from cdr_dist.training.evaluate import evaluate
+from cdr_dist.training.replicas import compare_replicas
 from cdr_dist.training.session import Session
 
 WARM_UP_STEPS = 20
@@ -119,7 +120,9 @@ class Loop:
     def _after_step(self, phase: Phase) -> None:
         if self.stopped:  # the validation may take long: it is made up for on resume
             return
-        every = self._options.checkpoint_every
+        compare, every = self._options.compare_every, self._options.checkpoint_every
+        if compare and self.progress.step % compare == 0:
+            compare_replicas(self._session, self.progress.step)
         if not self._validate_if_due(phase) and every and self.progress.step % every == 0:
             self._save()
 

@@ -183,6 +183,10 @@ class TrainerOptions:
     log_every: int = 100
     max_failures: int = 2
     """Lost workers that a run survives by starting again from its newest complete checkpoint."""
+    hang_s: int = 600
+    """Seconds that a worker waits for another one, after which that one counts as lost."""
+    compare_every: int = 500
+    """Lower steps between comparisons of the workers' copies of the dense parameters; 0: never."""
     verify: str = "auto"
     """Shards are checked by checksum, size, or auto (checksum up to 1 GiB)."""
     max_unknown: float = 0.05
@@ -192,5 +196,15 @@ class TrainerOptions:
         one_of("trainer.device", self.device, ("cpu", "cuda"))
         one_of("trainer.checkpoint", self.checkpoint, ("background", "in_place"))
         one_of("trainer.verify", self.verify, ("auto", "checksum", "size"))
-        at_least("trainer", self, 1, "epochs", "threads", "keep", "log_every")
-        at_least("trainer", self, 0, "workers", "max_steps", "checkpoint_every", "max_failures", "max_unknown")
+        at_least("trainer", self, 1, "epochs", "threads", "keep", "log_every", "hang_s")
+        at_least(
+            "trainer",
+            self,
+            0,
+            "workers",
+            "max_steps",
+            "checkpoint_every",
+            "max_failures",
+            "max_unknown",
+            "compare_every",
+        )

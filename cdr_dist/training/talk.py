@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -26,8 +27,9 @@ class Talk(Protocol):
 class OverGroup:
     """Over torch.distributed. own: a group that nothing else uses, for a thread that talks while training does."""
 
-    def __init__(self, own: bool = False) -> None:
-        self._group = dist.new_group(backend="gloo") if own and world_size() > 1 else None
+    def __init__(self, own: bool = False, patience_s: int = 600) -> None:
+        patience = datetime.timedelta(seconds=patience_s)
+        self._group = dist.new_group(backend="gloo", timeout=patience) if own and world_size() > 1 else None
 
     def broadcast(self, value: Any) -> Any:
         if world_size() == 1:

@@ -27,6 +27,7 @@ from cdr_dist.training.learned_weights import against_truth, weights_by_category
 from cdr_dist.training.loop import Loop, Phase
 from cdr_dist.training.run_folder import SCORES, RunFolder
 from cdr_dist.training.session import Session
+from cdr_dist.training.talk import OverGroup
 from cdr_dist.training.tracking import Recorder, Silent
 
 
@@ -43,7 +44,12 @@ def work(config: TrainConfig, folder: str, run: str, token: str = "") -> dict[st
     watcher = Recorder(place, config.trainer.log_every) if session.rank == 0 else Silent()
     still_ours = functools.partial(lease.check, place.file(lease.FILE), token) if token else lambda: None
     checkpoints = Checkpoints(
-        place.checkpoints, session, config.trainer.keep, config.trainer.checkpoint == "background", still_ours
+        place.checkpoints,
+        session,
+        config.trainer.keep,
+        config.trainer.checkpoint == "background",
+        still_ours,
+        talk=functools.partial(OverGroup, patience_s=config.trainer.hang_s),
     )
     stop = StopWord(place)
     loop = Loop(session, phases, checkpoints, watcher, stop.wanted)
