@@ -9,12 +9,15 @@ W = [W_h | W_s] (history half, source half), five things fall out of the loop ov
 - projections of e_i depend on the item only: they are made once for each unique item of the batch;
 - the query's source half adds s_j = k_j . W_s E_s to every row of scores, so with A = exp(q_i . k_j) and b = exp(s),
   mean_i alpha_ij = b_j sum_i A_ij / (n (A b)_i): source behaviours that share a history share A.
+
+After the projections nothing depends on the domain any more: the histories of both are one batch of histories.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,68 +44,93 @@ class PooledAttention(nn.Module):
 
         source [B, width]: a multiple of H, B / H source behaviours after one another share a history.
         """
-        half, copies = rows.shape[1], len(source) // max(len(lengths), 1)
-        query, value = self.query.weight, self.value.weight
-        history_side = torch.cat([query[:, :half], self.key.weight, value[:, :half]])
-        unique = (rows @ history_side.T).view(len(rows), 3, self.heads, self.head_width)
-        if self.padding is not None:
-            unique = torch.cat([unique, unique.new_zeros(1, *unique.shape[1:])])
-        from_source = (source @ query[:, half:].T).view(-1, copies, self.heads, self.head_width)
-        pooled = torch.zeros_like(from_source)
-        starts = lengths.cumsum(0) - lengths
-        pair_flops = 2.0 * self.heads * (self.head_width + 3 * copies)
-        for members, size in _buckets(lengths, self.padding, pair_flops):
-            pooled = pooled.index_copy(
-                0, members, self._bucket(unique, position, starts, lengths, from_source, members, size)
-            )
-        added = source @ value[:, half:].T
-        # With padding, the zeroed outputs of padded positions still count in the mean.
-        taken = (lengths > 0).to(added.dtype) if self.padding is None else lengths.to(added.dtype) / self.padding
-        return pooled.view(added.shape) + added * taken.repeat_interleave(copies).unsqueeze(1)
-
-    def _bucket(
-        self,
-        unique: Tensor,
-        position: Tensor,
-        starts: Tensor,
-        lengths: Tensor,
-        from_source: Tensor,
-        members: Tensor,
-        size: int,
-    ) -> Tensor:
-        """The members' histories side by side, each filled up to `size` -> [members, copies, heads, head_width]."""
-        length = lengths[members]
-        column = torch.arange(size, device=length.device)
-        real = column < length.unsqueeze(1)  # [m, n]
-        place = (starts[members].unsqueeze(1) + column).clamp(max=max(len(position) - 1, 0))
-        filler = 0 if self.padding is None else len(unique) - 1
-        row = torch.where(real, position[place], filler) if len(position) else torch.full_like(place, filler)
-        q, k, v = unique.index_select(0, row.flatten()).view(*row.shape, *unique.shape[1:]).transpose(1, 3).unbind(2)
-        keys = k.transpose(2, 3) / math.sqrt(self.head_width)  # [m, heads, d, n]
-        between = q @ keys  # [m, heads, n, n]
-        added = from_source[members].transpose(1, 2) @ keys  # [m, heads, copies, n]
-        if self.padding is None:
-            between = between.masked_fill(~real[:, None, None, :], -torch.inf)
-            added = added.masked_fill(~real[:, None, None, :], -torch.inf)
-        over = length.to(added.dtype) if self.padding is None else torch.full_like(length, size, dtype=added.dtype)
-        counted = real[:, None, None, :] / over[:, None, None, None]  # [m, 1, 1, n]: mean over queries
-        return (_shares(between, added, counted) @ v).transpose(1, 2)
+        return pooled_attention([self], [(rows, position, lengths)], source)[0]
 
 
-WIDE = 40.0
-"""Scores of one source behaviour further apart than this would lose digits in the factored softmax."""
+def pooled_attention(
+    attentions: Sequence[PooledAttention], histories: Sequence[tuple[Tensor, Tensor, Tensor]], source: Tensor
+) -> list[Tensor]:
+    """Each attention over its own histories (rows, position, lengths: see `PooledAttention.forward`), all at once.
+
+    They have the same heads, widths, padding and number of histories -> [B, heads * d] each.
+    """
+    first = attentions[0]
+    heads, width, padding = first.heads, first.head_width, first.padding
+    copies = len(source) // max(len(histories[0][2]), 1)
+    items, from_source, added, positions, offset = [], [], [], [], 0
+    for attention, (rows, position, _) in zip(attentions, histories, strict=True):
+        half = rows.shape[1]
+        query, value = attention.query.weight, attention.value.weight
+        items.append(rows @ torch.cat([query[:, :half], attention.key.weight, value[:, :half]]).T)
+        query_side, value_side = (source @ torch.cat([query[:, half:], value[:, half:]]).T).chunk(2, dim=1)
+        from_source.append(query_side)
+        added.append(value_side)
+        positions.append(position + offset if offset else position)
+        offset += len(rows)
+    if padding is not None:  # one row of zeros that fills all histories up
+        items.append(items[0].new_zeros(1, items[0].shape[1]))
+    unique = torch.cat(items).view(-1, 3, heads, width)
+    queries = torch.cat(from_source).view(-1, copies, heads, width)
+    position, lengths = torch.cat(positions), torch.cat([of for _, _, of in histories])
+    starts = lengths.cumsum(0) - lengths
+    buckets = _buckets(lengths, padding, 2.0 * heads * (width + 3 * copies))
+    found = [_bucket(unique, position, starts, lengths, queries, *bucket, padding) for bucket in buckets]
+    members = [rows for rows, _ in buckets]
+    out = torch.zeros_like(queries)
+    if found:
+        out = out.index_copy(0, torch.cat(members), torch.cat(found))
+    # With padding, the zeroed outputs of padded positions still count in the mean.
+    taken = (lengths > 0).to(source.dtype) if padding is None else lengths.to(source.dtype) / padding
+    taken = taken.repeat_interleave(copies).unsqueeze(1) if copies != 1 else taken.unsqueeze(1)
+    whole = out.view(len(taken), heads * width) + torch.cat(added) * taken
+    return list(whole.chunk(len(attentions)))
 
 
-def _shares(between: Tensor, added: Tensor, counted: Tensor) -> Tensor:
-    """sum_i counted_i softmax_j(between_ij + added_cj), [m, heads, copies, n]; -inf where there is no position j."""
-    top = added.detach().amax(-1, keepdim=True)
-    spread = torch.where(added.detach().isfinite(), top - added.detach(), 0.0)
-    if spread.numel() and float(spread.max()) > WIDE:
-        whole = (between.unsqueeze(2) + added.unsqueeze(3)).softmax(-1)
-        return (whole * counted.unsqueeze(-1)).sum(3)
-    a = (between - between.detach().amax(-1, keepdim=True)).exp()
-    b = (added - top).exp()
-    return b * ((counted / (b @ a.transpose(2, 3))) @ a)
+def _bucket(
+    unique: Tensor,
+    position: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    queries: Tensor,
+    members: Tensor,
+    size: int,
+    padding: int | None,
+) -> Tensor:
+    """The members' histories side by side, each filled up to `size` -> [members, copies, heads, head_width]."""
+    length = lengths[members].unsqueeze(1)
+    column = torch.arange(size, device=length.device)
+    real = column < length  # [m, n]
+    place = (starts[members].unsqueeze(1) + column).clamp(max=max(len(position) - 1, 0))
+    filler = 0 if padding is None else len(unique) - 1
+    row = torch.where(real, position[place], filler) if len(position) else torch.full_like(place, filler)
+    q, k, v = unique.index_select(0, row.flatten()).view(*row.shape, *unique.shape[1:]).transpose(1, 3).unbind(2)
+    keys = k.transpose(2, 3) / math.sqrt(unique.shape[3])  # [m, heads, d, n]
+    between = q @ keys  # [m, heads, n, n]
+    from_source = queries[members].transpose(1, 2) @ keys  # [m, heads, copies, n]
+    over = length if padding is None else size
+    counted = (real.to(between.dtype) / over)[:, None, None, :]  # [m, 1, 1, n]: mean over queries
+    shares = _shares(between, from_source, counted, None if padding is not None else real[:, None, None, :])
+    return (shares @ v).transpose(1, 2)
+
+
+WIDE = 30.0
+"""Scores further apart than this would lose digits in the factored softmax."""
+
+
+def _shares(between: Tensor, added: Tensor, counted: Tensor, real: Tensor | None) -> Tensor:
+    """sum_i counted_i softmax_j(between_ij + added_cj), [m, heads, copies, n]; j: the real positions (None: all)."""
+    if not added.numel():
+        return added
+    extremes = torch.stack([*torch.aminmax(between.detach()), *torch.aminmax(added.detach())])
+    low, high, low_added, high_added = extremes.tolist()
+    if high - low <= WIDE and high_added - low_added <= WIDE:  # and not NaN
+        a, b = (between - high).exp(), (added - high_added).exp()
+        b = b if real is None else b * real
+        return b * ((counted / (b @ a.transpose(2, 3))) @ a)
+    whole = between.unsqueeze(2) + added.unsqueeze(3)
+    if real is not None:
+        whole = whole.masked_fill(~real.unsqueeze(2), -torch.inf)
+    return (whole.softmax(-1) * counted.unsqueeze(-1)).sum(3)
 
 
 BUCKET_FLOPS = 5e5

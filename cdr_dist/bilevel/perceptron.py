@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cdr_dist.bilevel.attention import PooledAttention
+from cdr_dist.bilevel.attention import PooledAttention, pooled_attention
 from cdr_dist.bilevel.options import PerceptronOptions
 from cdr_dist.embeddings.workers import max_over_workers, sum_over_workers
 
@@ -39,9 +40,9 @@ class BehaviouralPerceptron(nn.Module):
 
     def parts(self, seen: PerceptronInput) -> tuple[Tensor, Tensor]:
         """(gamma_1, gamma_2), each [B]: the global importance (eq. 3) and the user-specific one (eq. 4-7)."""
-        local = [
-            self.attention[d](seen.history[d], seen.position[d], seen.lengths[d], seen.item.detach()) for d in HISTORIES
-        ]
+        attentions = [cast(PooledAttention, self.attention[d]) for d in HISTORIES]
+        histories = [(seen.history[d], seen.position[d], seen.lengths[d]) for d in HISTORIES]
+        local = pooled_attention(attentions, histories, seen.item.detach())
         return self.global_mlp(seen.item), self.local_mlp(torch.cat(local, dim=1))
 
     def forward(self, seen: PerceptronInput) -> Tensor:
@@ -91,13 +92,15 @@ class HistoryItems:
 
 def history_items(histories: KeyedJaggedTensor) -> dict[str, HistoryItems]:
     """Keys {source,target}_history_{item,category} -> unique items of each domain (an item has one category)."""
+    columns = dict(zip(histories.keys(), histories.values().split(histories.length_per_key()), strict=True))
+    lengths = dict(zip(histories.keys(), histories.lengths().view(len(columns), -1), strict=True))
     found = {}
     for domain in HISTORIES:
-        items, categories = histories[f"{domain}_history_item"], histories[f"{domain}_history_category"]
-        unique, position = torch.unique(items.values(), return_inverse=True)
+        item = f"{domain}_history_item"
+        unique, position = torch.unique(columns[item], return_inverse=True)
         category = torch.zeros_like(unique)
-        category[position] = categories.values()
-        found[domain] = HistoryItems(unique, category, position, items.lengths())
+        category[position] = columns[f"{domain}_history_category"]
+        found[domain] = HistoryItems(unique, category, position, lengths[item])
     return found
 
 

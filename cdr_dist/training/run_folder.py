@@ -52,6 +52,9 @@ class RunFolder:
         UserError says what differs. A finished run that is now to take more steps is no longer finished.
         """
         self.check(config)
+        for name in storage.names(self.uri):
+            if name.startswith(".") and name.endswith(".part"):  # of a writer that was killed
+                storage.remove_file(self.file(name))
         if not self.is_new() and self.config().trainer.max_steps != config.trainer.max_steps:
             storage.remove_file(self.file(SUMMARY))
         with durable("run.config"):
