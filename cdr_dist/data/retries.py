@@ -27,6 +27,10 @@ _PAST = {"read": "read", "write": "written", "remove": "removed", "list": "liste
 _options = StorageOptions()
 
 
+class StorageError(UserError):
+    """A file that cannot be read, written, listed or removed at its place; another place may have it."""
+
+
 def use(options: StorageOptions) -> None:
     """Sets the deadline, tries and back-off of this process."""
     global _options
@@ -47,7 +51,7 @@ def retried(
 ) -> T:
     """Runs an action until it succeeds, at most `tries` times (0: as the options say).
 
-    how: read, write, remove or list. curable: whether trying again may help after an error. UserError names `what`.
+    how: read, write, remove or list. curable: whether trying again may help after an error. StorageError names `what`.
     """
     most = tries or _options.tries
     for tried in range(1, most + 1):
@@ -58,20 +62,20 @@ def retried(
         except Exception as error:  # every client has its own errors: s3fs raises IndexError on a dead server
             if tried == most or not curable(error):
                 # Not `from error`: a traceback would show the client's own words, credentials in an address too.
-                raise UserError(f"{what}: {_reason(error, how, tried)}") from None
+                raise StorageError(f"{what}: {_reason(error, how, tried)}") from None
         time.sleep(wait_s(tried))
     raise AssertionError("tries is at least 1")
 
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Turns any error of the block into a UserError that names `what`, which is being read."""
+    """Turns any error of the block into one that names `what`, which is being read."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # a parser's own errors
-        raise UserError(f"{what}: {_reason(error, 'read', 1)}") from None
+        raise StorageError(f"{what}: {_reason(error, 'read', 1)}") from None
 
 
 def wait_s(tried: int) -> float:

@@ -93,6 +93,8 @@ class Stream:
         if lane not in self._loaded or self._loaded[lane][0] != window.number:
             rows = pa.concat_tables([self._reader.read(piece) for piece in window.pieces])
             self._loaded[lane] = (window.number, rows.take(self._order.within(lane, window)).combine_chunks())
+            coming = self._windows[lane][window.number + 1 : window.number + 2]
+            self._reader.plan(lane, [piece.row_group for after in coming for piece in after.pieces])
         return self._loaded[lane][1]
 
     def _order_of(self, epoch: int) -> Order:

@@ -116,6 +116,7 @@ def _summary(
             "examples_per_s": round(loop.rows / loop.seconds, 1) if loop.seconds else None,
             "stall_share": round(session.lower.waited_s / loop.seconds, 4) if loop.seconds else None,
             "train_s": round(loop.seconds, 2),
+            "replica_fallbacks": session.replica_fallbacks(),
         },
         "backward_passes": {**passes, "predicted": predicted},
         "parameters_sha256": digest,
