@@ -21,7 +21,8 @@ class ReadAhead:
         self._lock = threading.Lock()
         self._plans: dict[Hashable, list[int]] = {}
         self._tables: dict[int, Future[pa.Table]] = {}
-        self._running = self._bytes = self._largest = 0
+        self.running = 0
+        self._bytes = self._largest = 0
 
     def plan(self, who: Hashable, row_groups: Sequence[int]) -> None:
         """What `who` will ask for next, in this order, instead of what it said before."""
@@ -58,10 +59,10 @@ class ReadAhead:
     def _start(self) -> None:
         wanted = (index for row_groups in self._plans.values() for index in row_groups if index not in self._tables)
         for index in wanted:
-            free = self._most_bytes - self._bytes - self._running * self._largest
-            if self._running == self._threads or free < self._largest:
+            free = self._most_bytes - self._bytes - self.running * self._largest
+            if self.running == self._threads or free < self._largest:
                 return
-            self._running += 1
+            self.running += 1
             future = self._tables[index] = Future()
             # A daemon that ends with its fetch: nothing to close, and nothing to wait for at exit.
             threading.Thread(target=self._run, args=(index, future), daemon=True, name="cdr-read-ahead").start()
@@ -73,7 +74,7 @@ class ReadAhead:
         except BaseException as error:
             found = error
         with self._lock:
-            self._running -= 1
+            self.running -= 1
             if isinstance(found, BaseException):
                 future.set_exception(found)
             else:

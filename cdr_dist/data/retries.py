@@ -110,11 +110,12 @@ def late(seconds: float) -> TimeoutError:
 
 
 def redacted(text: str) -> str:
-    """Without the values of credentials: those of the environment, of an address, of a signature."""
+    """Without what may be a credential: those of the environment, an address's user and query, signatures."""
     for name in _SECRETS:
         if len(value := os.environ.get(name, "")) >= SHORTEST_SECRET:
             text = text.replace(value, "***")
     text = re.sub(r"//[^/@\s]+@", "//***@", text)
+    text = re.sub(r"(https?://[^\s\"?]+)\?[^\s\"]*", r"\1", text)
     return re.sub(r"(?i)(signature|credential|security-token)=[^&,\s\"']+", r"\1=***", text)
 
 
@@ -131,4 +132,5 @@ def _first_line(error: Exception) -> str:
     text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
     if isinstance(error, IndexError | KeyError | AttributeError | TypeError):  # their words alone say nothing
         text = f"{type(error).__name__}: {text}"
+    text = re.sub(r"^An error occurred \((\w+)\) when calling the \w+ operation[^:]*: ", r"\1 ", text)  # botocore's
     return redacted(text.splitlines()[0])[:200]
