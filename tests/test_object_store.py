@@ -5,6 +5,7 @@ The store is moto's server, or a real one that CDR_TEST_S3 names (`make test-s3`
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -31,8 +32,8 @@ from tests.runs import summary, train, words
 
 ROOT = Path(__file__).parents[1]
 SECRET = "planted/secret+0123456789"
-QUICK = StorageOptions(deadline_s=2.0, tries=4, backoff_s=0.02)
-QUICK_WORDS = ["storage.deadline_s=2", "storage.tries=4", "storage.backoff_s=0.02"]
+QUICK = StorageOptions(deadline_s=10.0, tries=4, backoff_s=0.02)
+QUICK_WORDS = ["storage.deadline_s=10", "storage.tries=4", "storage.backoff_s=0.02"]
 FAULTS = ["reset", "stall", "trickle", "lost", "truncate", "short", "500", "502", "503"]
 FAST_FAULTS = [fault for fault in FAULTS if fault not in ("stall", "trickle")]
 
@@ -206,7 +207,7 @@ def test_a_fault_that_stays_is_one_line_in_time(store, s3, fault):
     start = time.monotonic()
     with pytest.raises(UserError, match=rf"^{s3}/file: .*3 tries\)?$") as error:
         storage.read_range(storage.join(s3, "file"), 0, 1000)
-    assert time.monotonic() - start < 3 * 0.5 + 1
+    assert time.monotonic() - start < 3 * 0.5 + 5
     assert "\n" not in str(error.value)
 
 
@@ -276,10 +277,10 @@ def test_a_server_that_stalls_during_a_run_ends_it_with_one_line(store, s3, tmp_
     upload(rated(), s3)
     store.plan = lambda request: "stall" if request.path.endswith("train/part-00002.parquet") and request.span else None
     start = time.monotonic()
-    more = ["trainer.verify=size", "storage.deadline_s=0.5", "storage.tries=2", "storage.backoff_s=0.02"]
-    with pytest.raises(UserError, match=r"train/part-00002.parquet: no answer within 0.5 s, 2 tries$"):
+    more = ["trainer.verify=size", "storage.deadline_s=1", "storage.tries=3", "storage.backoff_s=0.02"]
+    with pytest.raises(UserError, match=r"train/part-00002.parquet: no answer within 1 s, 3 tries$"):
         train(words(s3, tmp_path / "run", *RECIPE, *more))
-    assert time.monotonic() - start < 15  # most of it is the start of a run
+    assert time.monotonic() - start < 30  # most of it is the start of a run
 
 
 def test_a_bucket_that_is_not_there_is_named(store):
@@ -307,7 +308,7 @@ def test_a_server_that_never_answers_is_told_in_one_line(store, server, tmp_path
         prepare(options_from_words([*LOGS, *QUICK_END]))
     with pytest.raises(UserError, match=f"^s3://bucket/set/manifest.json: {NO_ANSWER[server]}$"):
         train_job(["data=s3://bucket/set", f"run={tmp_path / 'run'}", "trainer.workers=0", *QUICK_END])
-    assert time.monotonic() - start < 2 * 2 * 0.5 + 3
+    assert time.monotonic() - start < 2 * 2 * 0.5 + 10
     assert not (tmp_path / "run").exists()
 
 
@@ -393,6 +394,29 @@ def test_damaged_answers_are_read_again_from_a_file_opened_anew(store, s3):
         rows_of(ShardReader(s3, manifest, "train", ["item"]))
 
 
+AHEAD = """
+import sys
+from cdr_dist.data import storage
+from cdr_dist.data.dataset import read_manifest
+from cdr_dist.data.shards import ShardReader
+manifest = read_manifest(sys.argv[1])
+reader = ShardReader(sys.argv[2], manifest, "train", ["item"])
+reader.plan("lane", range(len(reader.row_groups)))
+"""
+
+
+@pytest.mark.parametrize("fault", [None, "stall", "reset"])
+def test_a_process_ends_at_once_while_it_reads_ahead(store, s3, fault):
+    upload(rated(), s3)
+    store.plan = lambda request: fault if request.path.endswith(".parquet") else None
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    start = time.monotonic()
+    command = [sys.executable, "-c", AHEAD, str(rated()), s3]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert time.monotonic() - start < 25  # the default deadline is 30 s
+
+
 def test_a_row_group_costs_few_requests_and_no_more_bytes_than_it_has(store, s3):
     upload(rated(), s3)
     manifest = read_manifest(s3)
@@ -419,7 +443,7 @@ def regions(store, s3):
 
 
 def in_region(name):
-    storage.use(StorageOptions(QUICK.deadline_s, 2, QUICK.backoff_s, region=name))
+    storage.use(dataclasses.replace(QUICK, region=name))
 
 
 def paths(store):
@@ -440,7 +464,7 @@ def test_a_worker_reads_the_replica_of_its_region(store, regions, region, expect
 @pytest.mark.parametrize("fault", ["503", "stall", "zeros", "missing"])
 def test_a_replica_that_fails_is_replaced_and_counted(store, regions, fault):
     us, eu = regions
-    storage.use(StorageOptions(0.5, 2, 0.02, region="eu"))
+    storage.use(StorageOptions(1.0 if fault == "stall" else 10.0, 2, 0.02, region="eu"))
     manifest = read_manifest(us)
     if fault == "missing":
         storage.remove_folder(storage.join(eu, "train"))

@@ -6,12 +6,12 @@ Every request has the deadline of `storage.*` and is cancelled when it passes. N
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
 
-import fsspec.asyn
 from botocore import exceptions as boto
 
 from cdr_dist.data import retries
@@ -132,12 +132,16 @@ class ObjectStore:
 
     def _wait(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Runs one of s3fs's coroutines and cancels it at the deadline, so that no thread waits on."""
-        limit = retries.options().deadline_s
-        making = 0.0 if self._fs._s3 is not None else CLIENT_S
+        limit = retries.options().deadline_s + (0.0 if self._fs._s3 is not None else CLIENT_S)
+        work = asyncio.wait_for(function(*arguments, **named), limit)
+        future = asyncio.run_coroutine_threadsafe(work, self._fs.loop)
         try:
-            return fsspec.asyn.sync(self._fs.loop, function, *arguments, timeout=limit + making, **named)
-        except fsspec.asyn.FSTimeoutError:
+            with retries.ended_by(future.cancel):
+                return future.result()
+        except TimeoutError:
             raise retries.late(limit) from None
+        finally:
+            future.cancel()  # where this thread was interrupted
 
 
 class ObjectUpload:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 
 import pyarrow as pa
+
+from cdr_dist.data import retries
+
+JOINED_S = 5.0
+"""Longest wait for a fetch that is being decoded when the process ends."""
+
+_fetching: set[threading.Thread] = set()
 
 
 class ReadAhead:
@@ -29,6 +37,7 @@ class ReadAhead:
         if not self._most_bytes:
             return
         with self._lock:
+            self._plans.pop(who, None)  # to the end: what others said before is wanted sooner
             self._plans[who] = list(row_groups)
             planned = set().union(*self._plans.values())
             for index in self._tables.keys() - planned:
@@ -60,12 +69,13 @@ class ReadAhead:
         wanted = (index for row_groups in self._plans.values() for index in row_groups if index not in self._tables)
         for index in wanted:
             free = self._most_bytes - self._bytes - self.running * self._largest
-            if self.running == self._threads or free < self._largest:
+            if self.running == self._threads or free < self._largest or retries.ending():
                 return
             self.running += 1
             future = self._tables[index] = Future()
-            # A daemon that ends with its fetch: nothing to close, and nothing to wait for at exit.
-            threading.Thread(target=self._run, args=(index, future), daemon=True, name="cdr-read-ahead").start()
+            thread = threading.Thread(target=self._run, args=(index, future), daemon=True, name="cdr-read-ahead")
+            _fetching.add(thread)  # it ends with its fetch, so there is nothing to close
+            thread.start()
 
     def _run(self, index: int, future: Future[pa.Table]) -> None:
         found: pa.Table | BaseException
@@ -83,3 +93,11 @@ class ReadAhead:
                 if self._tables.get(index) is future:
                     self._bytes += found.nbytes
             self._start()
+        _fetching.discard(threading.current_thread())
+
+
+@atexit.register
+def _end() -> None:
+    retries.end()
+    for thread in list(_fetching):
+        thread.join(JOINED_S)

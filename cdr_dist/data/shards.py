@@ -46,7 +46,7 @@ class ShardReader:
 
     def plan(self, who: Hashable, row_groups: Sequence[int]) -> None:
         """Announces the row groups that `who` will read next, in order: they are fetched ahead."""
-        self._ahead.plan(who, row_groups)
+        self._ahead.plan(who, [index for index in row_groups if index not in self._decoded])
 
     def _row_group(self, index: int) -> pa.Table:
         if index in self._decoded:
