@@ -1,8 +1,9 @@
-# make train: the main job on a fresh machine.  make test: the tests.  ACCEL=gpu for CUDA.
+# make train: the main job on a fresh machine.  make test: the tests.  make test-s3: those of object storage on a real
+# server (Debian, root).  ACCEL=gpu for CUDA.
 export ACCEL ?= cpu
 python = .venv/bin/python
 
-.PHONY: setup train test lint lock
+.PHONY: setup train test test-s3 lint lock
 setup:
 	@tools/setup.sh
 train: setup
@@ -13,3 +14,5 @@ lint: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 lock: setup
 	@tools/lock.sh
+test-s3: setup
+	@tools/test_s3.sh

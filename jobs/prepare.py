@@ -23,7 +23,8 @@ def main(words: list[str]) -> int:
     if "--help" in words or "-h" in words:
         print(f"{__doc__}\nOptions, as name=value:\n{describe_options()}")
         return 0
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("cdr_dist").setLevel(logging.INFO)  # the clients of object stores have much to say, too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         options = options_from_words([word for word in words if word != "--check"])

@@ -390,49 +390,6 @@ def test_counts_table_says_what_was_prepared(tmp_path: Path) -> None:
     assert lines[6:9] == [["train", "1", *positive], ["valid", "1", *positive], ["test", "1", "0.0%", "positive"]]
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Any:
-    """An object store on loopback; gives the URI of an empty bucket."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3fs = pytest.importorskip("s3fs")
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("bucket")
-        yield "s3://bucket"
-        s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
-
-
-def test_reads_from_and_writes_to_an_object_store(tmp_path: Path, bucket: str) -> None:
-    import s3fs
-
-    source, target = random_log(5, 20, 200), random_log(6, 20, 200)
-    _, expected = run(tmp_path, source, target)
-    store = s3fs.S3FileSystem()
-    for name in ("s.tsv", "t.tsv"):
-        store.put(str(tmp_path / name), f"bucket/logs/{name}")
-    options = PrepareOptions(source=f"{bucket}/logs/s.tsv", target=f"{bucket}/logs/t.tsv", out=f"{bucket}/sets/one")
-    manifest = prepare(options)
-    assert digests(manifest) == digests(expected)
-    assert read_manifest(options.out) == manifest
-    store.invalidate_cache()
-    files = {path.removeprefix("bucket/") for path in store.find("bucket")}
-    shards = [s.path for s in [*manifest.vocab.values(), *(s for split in SPLITS for s in manifest.shards[split])]]
-    assert files == {"logs/s.tsv", "logs/t.tsv", *(f"sets/one/{path}" for path in [*shards, "manifest.json"])}
-    assert prepare(options) == manifest
-
-
-def test_a_bucket_that_is_not_there_is_named(tmp_path: Path, bucket: str) -> None:
-    with pytest.raises(UserError, match=r"^s3://nowhere/out: cannot be written \(The specified bucket does not exist"):
-        run(tmp_path, random_log(5, 20, 200), random_log(6, 20, 200), out="s3://nowhere/out")
-
-
 @pytest.mark.skipif(not AMAZON.is_dir(), reason=f"the real logs are not at {AMAZON} (CDR_SHARED)")
 def test_amazon_beauty_and_sports_have_the_known_counts(tmp_path: Path) -> None:
     beauty, sports = (str(AMAZON / f"{name}.inter.tsv.gz") for name in ("beauty", "sports"))

@@ -28,6 +28,8 @@ class MemoryReader:
         first = int(self._starts[piece.row_group])
         return pa.table({"row": np.arange(first + piece.start, first + piece.stop)})
 
+    def plan(self, who, row_groups): ...
+
 
 def model_of_an_epoch(row_groups, lanes, window, seed, name, epoch, size):
     """The lane design in ten lines: lists of rows of each step, in lane order."""

@@ -6,18 +6,20 @@ Every request has the deadline of `storage.*` and is cancelled when it passes. N
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-import fsspec.asyn
 from botocore import exceptions as boto
 
 from cdr_dist.data import retries
 
 CLIENT_S = 10.0
 """What making the client may take on top of the first request's deadline."""
+LOOP_S = 5.0
+"""How long s3fs's thread may take to notice a deadline."""
 _CURABLE_CODES = ("SlowDown", "RequestTimeout", "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch")
 _INCURABLE = (
     FileNotFoundError,
@@ -138,12 +140,28 @@ class ObjectStore:
 
     def _wait(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Runs one of s3fs's coroutines and cancels it at the deadline, so that no thread waits on."""
-        limit = retries.options().deadline_s
-        making = 0.0 if self._fs._s3 is not None else CLIENT_S
+        limit = retries.options().deadline_s + (0.0 if self._fs._s3 is not None else CLIENT_S)
+        future = asyncio.run_coroutine_threadsafe(_outcome(function(*arguments, **named), limit), self._fs.loop)
         try:
-            return fsspec.asyn.sync(self._fs.loop, function, *arguments, timeout=limit + making, **named)
-        except fsspec.asyn.FSTimeoutError:
-            raise retries.late(limit) from None
+            with retries.ended_by(future.cancel):
+                found = future.result(limit + LOOP_S)
+        except TimeoutError as error:
+            found = error
+        finally:
+            future.cancel()  # where this thread was interrupted
+        if isinstance(found, TimeoutError):
+            raise retries.late(limit)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+async def _outcome(work: Coroutine[Any, Any, Any], limit: float) -> Any:
+    """A result, or an error as one: asyncio complains of what cancelled work raises, which nobody fetches."""
+    try:
+        return await asyncio.wait_for(work, limit)
+    except Exception as error:
+        return error
 
 
 class ObjectUpload:

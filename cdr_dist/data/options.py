@@ -48,11 +48,15 @@ class StorageOptions:
     """How often a request is sent before it counts as failed."""
     backoff_s: float = 0.5
     """Longest wait before the second try, in seconds; it doubles with every further one."""
+    ahead_mib: int = 256
+    """Most MiB of decoded row groups that a training stream fetches ahead on each worker; 0: none."""
+    region: str | None = None
+    """Region whose replica of the dataset a worker reads; null: AWS_REGION or AWS_DEFAULT_REGION."""
 
     def __post_init__(self) -> None:
         if not (0 < self.deadline_s < math.inf and 0 <= self.backoff_s < math.inf):
             raise UserError(
                 f"storage.deadline_s={self.deadline_s}, storage.backoff_s={self.backoff_s}: must be seconds, above 0"
             )
-        if self.tries < 1:
-            raise UserError(f"storage.tries={self.tries}: must be at least 1")
+        if self.tries < 1 or self.ahead_mib < 0:
+            raise UserError(f"storage.tries={self.tries}, storage.ahead_mib={self.ahead_mib}: at least 1 and 0")

@@ -85,6 +85,7 @@ def prepare(options: PrepareOptions) -> Manifest:
 
 
 def _inputs(options: PrepareOptions) -> Inputs:
+    storage.use(options.storage.options)
     files = {role: table.files(getattr(options, role)) for role in ("source", "target")}
     domains = {role: getattr(options, f"{role}_domain") or table.domain_name(getattr(options, role)) for role in files}
     if domains["source"] == domains["target"]:

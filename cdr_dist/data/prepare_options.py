@@ -8,6 +8,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from cdr_dist.data.options import StorageOptions
 from cdr_dist.errors import UserError, nearest
 
 CHOICES = {
@@ -21,7 +22,7 @@ CHOICES = {
 REQUIRED = ("source", "target", "out")
 OWN = tuple(f"{role}_{group}." for role in ("source", "target") for group in ("columns", "item_columns"))
 """Options that hold for one domain's files only; empty: what columns.* and item_columns.* say."""
-NOT_CONTENT = ("out", "workers", "partitions")
+NOT_CONTENT = ("out", "workers", "partitions", "storage.deadline_s", "storage.tries", "storage.backoff_s")
 """Options that never change a byte of the dataset, so the manifest leaves them out."""
 
 
@@ -46,6 +47,19 @@ class ItemColumns:
 
     item: str = _option("item_id", "item file: column of the item's id")
     category: str = _option("category", "item file: column of the category")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """As in training; what only training needs is left out."""
+
+    deadline_s: float = _option(StorageOptions.deadline_s, "longest wait for one request to a disk or store, in s")
+    tries: int = _option(StorageOptions.tries, "how often a request is sent before it counts as failed")
+    backoff_s: float = _option(StorageOptions.backoff_s, "longest wait before the second try, in s; then doubling")
+
+    @property
+    def options(self) -> StorageOptions:
+        return StorageOptions(self.deadline_s, self.tries, self.backoff_s)
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,7 @@ class PrepareOptions:
     workers: int = _option(0, "0: in this process; N: N Ray tasks at a time")
     partitions: int = _option(0, "user partitions; 0: by the input's size. Memory is bounded by one")
     rows_per_shard: int = _option(1_000_000, "rows of an output file, about")
+    storage: Storage = field(default_factory=Storage)
 
     def __post_init__(self) -> None:
         for name in REQUIRED:
@@ -100,6 +115,7 @@ class PrepareOptions:
             _check(value >= least, f"{name}={value}: must be {least} or more")
         _check(math.isfinite(self.threshold), f"threshold={self.threshold}: must be a finite number")
         self._check_times()
+        _ = self.storage.options  # checks them
 
     def _check_times(self) -> None:
         valid_from, test_from = self.valid_from, self.test_from
@@ -190,6 +206,7 @@ def _build(given: dict[str, Any]) -> PrepareOptions:
             own = {n.removeprefix(start): v for n, v in given.items() if n.startswith(start)}
             unset = {f.name: "" for f in dataclasses.fields(cls)} if role else {}
             flat[role + group] = cls(**unset | own)
+    flat["storage"] = Storage(**{n.removeprefix("storage."): v for n, v in given.items() if n.startswith("storage.")})
     return PrepareOptions(**flat)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import random
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -25,6 +25,12 @@ _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 _PAST = {"read": "read", "write": "written", "remove": "removed", "list": "listed"}
 
 _options = StorageOptions()
+_ending = threading.Event()
+_waits: set[Callable[[], object]] = set()
+
+
+class StorageError(UserError):
+    """A file that cannot be read, written, listed or removed at its place; another place may have it."""
 
 
 def use(options: StorageOptions) -> None:
@@ -47,7 +53,7 @@ def retried(
 ) -> T:
     """Runs an action until it succeeds, at most `tries` times (0: as the options say).
 
-    how: read, write, remove or list. curable: whether trying again may help after an error. UserError names `what`.
+    how: read, write, remove or list. curable: whether trying again may help after an error. StorageError names `what`.
     """
     most = tries or _options.tries
     for tried in range(1, most + 1):
@@ -56,22 +62,22 @@ def retried(
         except UserError:
             raise
         except Exception as error:  # every client has its own errors: s3fs raises IndexError on a dead server
-            if tried == most or not curable(error):
+            if tried == most or _ending.is_set() or not curable(error):
                 # Not `from error`: a traceback would show the client's own words, credentials in an address too.
-                raise UserError(f"{what}: {_reason(error, how, tried)}") from None
-        time.sleep(wait_s(tried))
+                raise StorageError(f"{what}: {_reason(error, how, tried)}") from None
+        _ending.wait(wait_s(tried))
     raise AssertionError("tries is at least 1")
 
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Turns any error of the block into a UserError that names `what`, which is being read."""
+    """Turns any error of the block into one that names `what`, which is being read."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # a parser's own errors
-        raise UserError(f"{what}: {_reason(error, 'read', 1)}") from None
+        raise StorageError(f"{what}: {_reason(error, 'read', 1)}") from None
 
 
 def wait_s(tried: int) -> float:
@@ -79,9 +85,8 @@ def wait_s(tried: int) -> float:
     return min(LONGEST_WAIT_S, _options.backoff_s * 2 ** (tried - 1)) * random.uniform(0.5, 1.0)
 
 
-def within_deadline(action: Callable[[], T], seconds: float | None = None) -> T:
+def within_deadline(action: Callable[[], T]) -> T:
     """Runs what cannot be cancelled, in a thread that is left alone when it takes too long (TimeoutError)."""
-    limit = _options.deadline_s if seconds is None else seconds
     answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:
@@ -92,8 +97,10 @@ def within_deadline(action: Callable[[], T], seconds: float | None = None) -> T:
 
     # A daemon: an executor's threads are joined at exit, where a stalled disk would hold the process.
     threading.Thread(target=run, daemon=True, name="cdr-storage").start()
+    limit = _options.deadline_s
     try:
-        result, error = answer.get(timeout=limit)
+        with ended_by(lambda: answer.put((None, InterruptedError("the process ends")))):
+            result, error = answer.get(timeout=limit)
     except queue.Empty:
         raise late(limit) from None
     if error is not None:
@@ -101,16 +108,40 @@ def within_deadline(action: Callable[[], T], seconds: float | None = None) -> T:
     return result
 
 
+@contextmanager
+def ended_by(cancel: Callable[[], object]) -> Iterator[None]:
+    """While the block waits, the end of the process calls `cancel`."""
+    _waits.add(cancel)
+    try:
+        yield
+    finally:
+        _waits.discard(cancel)
+
+
+def ending() -> bool:
+    """Whether the process ends: nothing is started or tried again."""
+    return _ending.is_set()
+
+
+@atexit.register
+def end() -> None:
+    """Makes every wait fail, so that no thread still reads when the interpreter goes down, which would abort it."""
+    _ending.set()
+    for cancel in list(_waits):
+        cancel()
+
+
 def late(seconds: float) -> TimeoutError:
     return TimeoutError(f"no answer within {seconds:g} s")
 
 
 def redacted(text: str) -> str:
-    """Without the values of credentials: those of the environment, of an address, of a signature."""
+    """Without what may be a credential: those of the environment, an address's user and query, signatures."""
     for name in _SECRETS:
         if len(value := os.environ.get(name, "")) >= SHORTEST_SECRET:
             text = text.replace(value, "***")
     text = re.sub(r"//[^/@\s]+@", "//***@", text)
+    text = re.sub(r"(https?://[^\s\"?]+)\?[^\s\"]*", r"\1", text)
     return re.sub(r"(?i)(signature|credential|security-token)=[^&,\s\"']+", r"\1=***", text)
 
 
@@ -124,7 +155,11 @@ def _reason(error: Exception, how: str, tried: int) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
+    text = str(getattr(error, "strerror", None) or error).strip()
+    if text in ("", "None"):  # Ceph's server answers with a code and no message
+        answer = getattr(error.__cause__, "response", {})
+        text = answer.get("Error", {}).get("Code") or type(error).__name__
     if isinstance(error, IndexError | KeyError | AttributeError | TypeError):  # their words alone say nothing
         text = f"{type(error).__name__}: {text}"
+    text = re.sub(r"^An error occurred \((\w+)\) when calling the \w+ operation[^:]*: ", r"\1 ", text)  # botocore's
     return redacted(text.splitlines()[0])[:200]

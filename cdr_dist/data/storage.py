@@ -13,15 +13,17 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
 from cdr_dist.data.local_files import LocalFiles
-from cdr_dist.data.retries import naming, options, retried, use
+from cdr_dist.data.retries import StorageError, naming, options, retried, use
 from cdr_dist.errors import UserError
 
-__all__ = ["naming", "options", "use"]
+__all__ = ["StorageError", "naming", "options", "use"]
+
+T = TypeVar("T")
 
 REQUEST_BYTES = 32 << 20
 """Most bytes that one request reads."""
@@ -115,6 +117,12 @@ def read_range(uri: str, start: int, stop: int) -> bytes:
         return content
 
     return retried(read, uri, curable=place.curable) if stop > start else b""
+
+
+def retrying(read: Callable[[], T], uri: str) -> T:
+    """Tries to read and decode a file as often as a request: what is damaged on its way is whole the next time."""
+    place, _ = locate(uri)
+    return retried(read, uri, curable=place.curable)
 
 
 def read_bytes(uri: str) -> bytes:

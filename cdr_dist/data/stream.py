@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -70,6 +70,9 @@ class Stream:
             self._order = self._order_of(place.epoch)
             self._windows.clear()
             self._loaded.clear()
+        for lane in self._lanes:
+            if lane not in self._windows:
+                self._begin(lane, place.step)
         parts = [part for lane in self._lanes for part in self._take(lane, place.step)]
         first = place.step * self.rows_per_step
         count = min(first + self.rows_per_step, self._order.rows) - first
@@ -82,8 +85,6 @@ class Stream:
 
     def _take(self, lane: int, step: int) -> Iterator[pa.Table]:
         start, stop = self._order.span(lane, step, self.rows_per_step)
-        if lane not in self._windows:
-            self._windows[lane] = self._order.windows(lane)
         for window in self._windows[lane]:
             a, b = max(start, window.first), min(stop, window.first + window.rows)
             if a < b:
@@ -93,7 +94,22 @@ class Stream:
         if lane not in self._loaded or self._loaded[lane][0] != window.number:
             rows = pa.concat_tables([self._reader.read(piece) for piece in window.pieces])
             self._loaded[lane] = (window.number, rows.take(self._order.within(lane, window)).combine_chunks())
+            self._plan(lane, self._windows[lane][window.number + 1 :] or self._windows_after(lane))
         return self._loaded[lane][1]
+
+    def _begin(self, lane: int, step: int) -> None:
+        """Before the first rows of an epoch are read, so that all lanes' windows are fetched together."""
+        start, _ = self._order.span(lane, step, self.rows_per_step)
+        self._windows[lane] = self._order.windows(lane)
+        self._plan(lane, [window for window in self._windows[lane] if window.first + window.rows > start])
+
+    def _windows_after(self, lane: int) -> list[Window]:
+        """Of the next epoch; what is read in stored order is read once."""
+        return self._order_of(self._order.epoch + 1).windows(lane) if self._shuffle else []
+
+    def _plan(self, lane: int, windows: Sequence[Window]) -> None:
+        """Announces the first of the windows that come."""
+        self._reader.plan(lane, [piece.row_group for window in windows[:1] for piece in window.pieces])
 
     def _order_of(self, epoch: int) -> Order:
         o = self._options

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from cdr_dist.data import storage
+from cdr_dist.data.options import StorageOptions
+
 A = TypeVar("A")
 R = TypeVar("R")
 
@@ -27,7 +30,7 @@ def _run_on_ray(function: Callable[[A], R], arguments: Sequence[A], workers: int
         ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, configure_logging=False)
     # Tasks run side by side, so each keeps to one core.
     threads = {"env_vars": {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1"}}
-    task = ray.remote(num_cpus=1, runtime_env=threads)(function)
+    task: Any = ray.remote(num_cpus=1, runtime_env=threads)(_with_options)
     results: dict[Any, R] = {}
     order: list[Any] = []
     waiting: list[Any] = []
@@ -36,10 +39,15 @@ def _run_on_ray(function: Callable[[A], R], arguments: Sequence[A], workers: int
             if len(waiting) == workers:
                 done, waiting = ray.wait(waiting)
                 results |= {ref: ray.get(ref) for ref in done}
-            waiting.append(task.remote(argument))
+            waiting.append(task.remote(function, storage.options(), argument))
             order.append(waiting[-1])
         return [results[ref] if ref in results else ray.get(ref) for ref in order]
     except RayTaskError as error:
         for ref in waiting:
             ray.cancel(ref)
         raise error.cause from None
+
+
+def _with_options(function: Callable[[A], R], options: StorageOptions, argument: A) -> R:
+    storage.use(options)
+    return function(argument)

@@ -26,6 +26,7 @@ FEATURES = ("user", "target_item", "target_category", "source_item", "source_cat
 
 def check_before_start(config: TrainConfig, folder: str) -> Manifest:
     """Reads the manifest and builds what is cheap to build. UserError names the option or file; writes nothing."""
+    storage.use(config.storage)
     manifest = read_manifest(folder)
     check_dataset(config, manifest)
     _check_batch(config, manifest)

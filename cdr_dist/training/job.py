@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from cdr_dist.configuration import TrainConfig, from_words
+from cdr_dist.data import storage
 from cdr_dist.data.demo import DEMO, dataset_of, is_written
 from cdr_dist.data.shards import verify
 from cdr_dist.training.checks import build_updates, check_before_start, check_updates, table_bytes
@@ -14,6 +15,7 @@ from cdr_dist.training.run_folder import RunFolder
 
 def train_job(words: list[str], check: bool = False) -> None:
     config = from_words(words)
+    storage.use(config.storage)
     if check:
         print(check_run(config))
         return

@@ -12,10 +12,12 @@ from torch import nn
 from cdr_dist.bilevel.optimiser import AdaGradNorm
 from cdr_dist.bilevel.perceptron import BehaviouralPerceptron
 from cdr_dist.configuration import TrainConfig
+from cdr_dist.data import storage
 from cdr_dist.data.batch import Batch, BatchBuilder, HoldOut
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.feed import Feed
 from cdr_dist.data.lanes import lanes_of
+from cdr_dist.data.replicas import Replicas
 from cdr_dist.data.shards import ShardReader
 from cdr_dist.data.stream import Rows, Stream
 from cdr_dist.embeddings.initialisation import initialise_dense
@@ -35,7 +37,9 @@ class Session:
         self.config, self.folder = config, folder
         self.rank, self.workers = rank(), world_size()
         self.device = torch.device(config.trainer.device)
+        storage.use(config.storage)
         self.manifest = read_manifest(folder)
+        self.replicas = Replicas(folder, self.manifest)
         check_dataset(config, self.manifest)
         learned = any(getattr(update, "learned", False) for update in updates)
         needs_head = any(getattr(update, "needs_head", False) for update in updates)
@@ -74,7 +78,7 @@ class Session:
             raise UserError(
                 f"batch.size={size}: must be a multiple of {self.builder.expansion} (a row and its negatives)"
             )
-        reader = ShardReader(self.folder, self.manifest, "train", self.builder.columns("train"))
+        reader = ShardReader(self.folder, self.manifest, "train", self.builder.columns("train"), replicas=self.replicas)
         stream = Stream(
             reader, rows_per_step, self.config.stream, self.config.seed, name, rank=self.rank, workers=self.workers
         )
@@ -85,7 +89,7 @@ class Session:
         stored = 1 + (self.manifest.eval_negatives if self.manifest.label == "sampled" else 0)
         lanes = self.config.stream.lanes
         rows = lanes * max(1, self.config.evaluation.batch_size // stored)
-        reader = ShardReader(self.folder, self.manifest, split, self.builder.columns(split))
+        reader = ShardReader(self.folder, self.manifest, split, self.builder.columns(split), replicas=self.replicas)
         return [
             Stream(reader, rows, self.config.stream, self.config.seed, split, lane, lanes, shuffle=False)
             for lane in lanes_of(self.rank, self.workers, lanes)
@@ -96,6 +100,10 @@ class Session:
         if self.hold_out is None and not always:
             return batch
         return dataclasses.replace(batch, global_rows=max(1, round(float(sum_over_workers(batch.weight.sum())))))
+
+    def replica_fallbacks(self) -> int:
+        """Reads of shards, over all workers, that another place than the first had to serve. A collective call."""
+        return round(float(sum_over_workers(torch.tensor(float(self.replicas.fallbacks), device=self.device))))
 
     def close(self) -> None:
         self.lower.close()

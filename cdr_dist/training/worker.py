@@ -135,6 +135,7 @@ def _summary(
             "stall_share": round(session.lower.waited_s / loop.seconds, 4) if loop.seconds else None,
             "train_s": round(loop.seconds, 2),
             "checkpoint_stall_s": round(checkpoints.stalled_s, 3),
+            "replica_fallbacks": session.replica_fallbacks(),
         },
         "backward_passes": {**passes, "predicted": predicted},
         "parameters_sha256": digest,
