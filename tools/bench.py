@@ -33,7 +33,21 @@ from cdr_dist.evaluation.table import markdown
 from cdr_dist.jobs import run_job
 from tools.bench_case import Build, Result, measured
 
-SUITES = ("perceptron", "lower", "lower_limit", "upper", "overhead", "vocabulary", "stream", "stall", "workers", "evaluate", "epoch", "start")
+SUITES = (
+    "perceptron",
+    "lower",
+    "lower_limit",
+    "upper",
+    "overhead",
+    "vocabulary",
+    "stream",
+    "stall",
+    "workers",
+    "prepare",
+    "evaluate",
+    "epoch",
+    "start",
+)
 """Each is a file bench_NAME.py beside this one; `cases(quick, data)` names its cases."""
 
 

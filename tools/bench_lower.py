@@ -1,4 +1,4 @@
-"""One lower step of CoNet: ours against nn.Embedding, with sparse gradients as a careful user would, and as released."""
+"""A lower step of CoNet: ours against nn.Embedding, with sparse gradients as a careful user would, and as released."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 
 from tools.bench_case import Build, Case
-from tools.bench_lower import lower_training, loss_of
+from tools.bench_lower import loss_of, lower_training
 from tools.bench_training import conet_flops
 
 
