@@ -10,10 +10,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-ROUNDS, SHORTEST = 9, 0.1
-"""Turns of each side, and the seconds that one turn takes at least."""
+ROUNDS, SHORTEST = 25, 0.05
+"""Turns of each side, and seconds that one takes at least: many short ones, because other load comes in bursts."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +99,16 @@ def peak_rss_gb() -> float:
 
 def gemm_rate() -> float:
     """FLOPs a second of a matrix product of 1024 x 1024 x 1024."""
+    import torch
+
     a, b = torch.randn(2, 1024, 1024)
     return 2 * 1024**3 / min(_turn(lambda: a @ b, 3).seconds for _ in range(3))
 
 
 def copy_rate() -> float:
     """Bytes a second, read and written, of a copy that no cache holds."""
+    import torch
+
     a = torch.ones(1 << 26)
     b = torch.empty_like(a)
     return 2 * a.nbytes / min(_turn(lambda: b.copy_(a), 2).seconds for _ in range(3))

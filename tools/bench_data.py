@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,15 @@ def random_dataset(folder: Path, shape: Shape) -> str:
     )
     (folder / "manifest.json").write_text(manifest.to_json())
     return str(folder)
+
+
+def written(held: ExitStack, shape: Shape) -> str:
+    """A random dataset that is thrown away with the case."""
+    return random_dataset(Path(scratch(held)) / "data", shape)
+
+
+def scratch(held: ExitStack) -> str:
+    return held.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
 
 
 def _rows(random: Any, shape: Shape, sizes: dict[str, int], category: dict[str, Any], split: str) -> pa.Table:

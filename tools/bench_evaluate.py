@@ -7,8 +7,8 @@ from functools import partial
 
 from cdr_dist.training.evaluate import evaluate
 from tools.bench_case import Build, Case
-from tools.bench_data import Shape
-from tools.bench_training import Training, written
+from tools.bench_data import Shape, written
+from tools.bench_training import Training
 
 
 def cases(quick: bool, data: str) -> dict[str, Build]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from cdr_dist.data.batch import Batch
 from tools.bench_case import Build, Case
-from tools.bench_data import Shape
-from tools.bench_training import Training, conet_flops, written
+from tools.bench_data import Shape, written
+from tools.bench_training import Training, conet_flops
 
 BATCHES = 32
 
@@ -35,7 +35,7 @@ def case(quick: bool, batch: int, width: int, baseline: str, held: ExitStack) ->
         baseline=plain.step,
         unit="step",
         flops=batch * conet_flops(training.session),
-        rounds=9 if baseline == "sparse" else 5,
+        rounds=25 if baseline == "sparse" else 5,
     )
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from cdr_dist.data.demo import write_planted
 from cdr_dist.data.synthetic import Planted
 from tools.bench_case import Build, Case
-from tools.bench_training import Training, scratch
+from tools.bench_data import scratch
+from tools.bench_training import Training
 
 
 def cases(quick: bool, data: str) -> dict[str, Build]:

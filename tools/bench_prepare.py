@@ -13,9 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
+from cdr_dist.data.prepare import prepare
+from cdr_dist.data.prepare_options import PrepareOptions
 from tools.bench_case import Build, Case, Run, peak_rss_gb
-from tools.bench_training import scratch
+from tools.bench_data import scratch
+from tools.bench_prepare_polars import polars
 
 PIECE_ROWS = 4_000_000
 """Rows of one log file."""
@@ -81,17 +85,10 @@ def _in_a_process(side: str, logs: Path, held: ExitStack) -> Run:
 
 
 def ours(logs: Path, out: Path) -> None:
-    from cdr_dist.data.prepare import prepare
-    from cdr_dist.data.prepare_options import PrepareOptions
-
     prepare(PrepareOptions(source=str(logs / "source"), target=str(logs / "target"), out=str(out)))
 
 
 def main(side: str, logs: str, out: str) -> None:
-    import pyarrow as pa
-
-    from tools.bench_prepare_polars import polars
-
     pa.set_cpu_count(1)
     start = time.perf_counter()
     {"ours": ours, "polars": polars}[side](Path(logs), Path(out))

@@ -6,8 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 
 from tools.bench_case import Build, Case
-from tools.bench_data import Shape
-from tools.bench_training import written
+from tools.bench_data import Shape, written
 from tools.bench_workers import WARM_UP, training_on
 
 
@@ -20,9 +19,12 @@ def cases(quick: bool, data: str) -> dict[str, Build]:
 
 
 def case(quick: bool, workers: int, batch: int, target: float, held: ExitStack) -> Case:
-    """`batch`: global. Every worker has one thread for its steps and one for its feed."""
-    steps = 5 if quick else 300_000 // batch
-    rows = batch * (steps + WARM_UP)
+    """`batch`: global. An epoch's worth of steps from the middle of one on: the start of an epoch reads most.
+
+    Every worker has one thread for its steps and one for its feed.
+    """
+    steps = (1 if quick else 300_000 // batch) + WARM_UP
+    rows = batch * steps
     folder = written(held, Shape(rows, rows // 8, rows // 8, rows // 16, history=0))
     words = ["recipe=joint", f"batch.size={batch}"]
     stream, memory = (partial(training_on, workers, folder, words, steps, resident) for resident in (0, 1))

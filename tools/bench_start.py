@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from tools.bench_case import Build, Case, Run
-from tools.bench_data import Shape
-from tools.bench_training import scratch, written
+from tools.bench_data import Shape, scratch, written
 
 LIMIT_S = 300.0
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -18,7 +16,6 @@ from cdr_dist.data.stream import Place
 from cdr_dist.training.launch import alone, quiet_libraries
 from cdr_dist.training.session import Session
 from cdr_dist.training.worker import phases_of
-from tools.bench_data import Shape, random_dataset
 
 
 class Resident:
@@ -76,15 +73,6 @@ class Training:
         start = time.perf_counter()
         self.steps(count)
         return time.perf_counter() - start
-
-
-def written(held: ExitStack, shape: Shape) -> str:
-    """A random dataset that is thrown away with the case."""
-    return random_dataset(Path(scratch(held)) / "data", shape)
-
-
-def scratch(held: ExitStack) -> str:
-    return held.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
 
 
 def conet_flops(session: Session) -> float:

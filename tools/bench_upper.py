@@ -16,8 +16,8 @@ from cdr_dist.bilevel.perceptron import PerceptronInput, normalised
 from cdr_dist.data.batch import Batch
 from tests import reference
 from tools.bench_case import Build, Case
-from tools.bench_data import Shape
-from tools.bench_training import Training, written
+from tools.bench_data import Shape, written
+from tools.bench_training import Training
 
 TERMS = 3
 WORDS = ["recipe=biao", "upper.dev=reordered", f"hypergradient.terms={TERMS}", "hypergradient.theta=[dense,tables]"]
@@ -51,7 +51,7 @@ def series_case(quick: bool, rows: int, target: float, held: ExitStack) -> Case:
         head,
         loss=loss_of_scores,
     )
-    return Case(target, ours, baseline, unit="series", rounds=9 if rows < 1_000_000 else 3)
+    return Case(target, ours, baseline, unit="series", rounds=15 if rows < 1_000_000 else 3)
 
 
 class GivenWeights(nn.Module):
@@ -99,6 +99,7 @@ def whole_case(quick: bool, draws: int, held: ExitStack) -> Case:
         forward_backward,
         unit="step",
         units=(1.0, 1.0 / (TERMS + 3)),
+        rounds=9,
     )
 
 

@@ -6,8 +6,8 @@ from contextlib import ExitStack
 from functools import partial
 
 from tools.bench_case import Build, Case
-from tools.bench_data import Shape
-from tools.bench_training import Training, written
+from tools.bench_data import Shape, written
+from tools.bench_training import Training
 
 BATCHES = 32
 

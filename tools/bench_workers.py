@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from tests.processes import on_workers
 from tools.bench_case import Build, Case, Run, peak_rss_gb
-from tools.bench_data import Shape
-from tools.bench_training import Training, written
+from tools.bench_data import Shape, written
+from tools.bench_training import Training
 
 WARM_UP = 20
 RESIDENT = 8
@@ -30,7 +30,7 @@ def cases(quick: bool, data: str) -> dict[str, Build]:
 
 def case(quick: bool, batch: int, resident: int, target: float, held: ExitStack) -> Case:
     steps = 5 if quick else max(20, 100_000 // batch)
-    rows = batch * (RESIDENT if resident else steps + WARM_UP)
+    rows = batch * (RESIDENT if resident else steps)
     folder = written(held, Shape(rows, 100_000, 100_000, 50_000, history=0))
     words = ["recipe=joint", f"batch.size={batch}", "tables.width=64"]
     two, one = (partial(training_on, workers, folder, words, steps, resident) for workers in (2, 1))

@@ -74,7 +74,8 @@ class Stream:
         first = place.step * self.rows_per_step
         count = min(first + self.rows_per_step, self._order.rows) - first
         empty = self._reader.read(self._order.windows(0)[0].pieces[0]).slice(0, 0) if not parts else None
-        return Rows(pa.concat_tables(parts) if empty is None else empty, place, count)
+        # One chunk a column: a batch's columns are converted one by one, and a chunk costs as much as its rows.
+        return Rows(pa.concat_tables(parts).combine_chunks() if empty is None else empty, place, count)
 
     def epoch(self, epoch: int = 0) -> Iterator[Rows]:
         for step in range(self.steps_per_epoch):
