@@ -17,7 +17,7 @@ def cases(quick: bool, data: str) -> dict[str, Build]:
 
 def case(quick: bool, batch: int, held: ExitStack) -> Case:
     """One stored negative with each row, in training as in evaluation."""
-    rows, steps = (200, 4) if quick else (100_000, 200_000 // batch)
+    rows, steps = (200, 4) if quick else (100_000, 50_000 // batch)
     shape = Shape(rows, rows // 5, rows // 5, rows // 10, evaluated=rows, sampled=True)
     training = Training(held, written(held, shape), ["recipe=joint", f"batch.size={batch}"])
     return Case(
