@@ -1,9 +1,9 @@
 # make train: the main job on a fresh machine.  make test: the tests.  make test-s3: those of object storage on a real
-# server (Debian, root).  ACCEL=gpu for CUDA.
+# server (Debian, root).  make bench-check: is anything slower?  ACCEL=gpu for CUDA.
 export ACCEL ?= cpu
 python = .venv/bin/python
 
-.PHONY: setup train test test-s3 lint lock
+.PHONY: setup train test test-s3 lint lock bench-check
 setup:
 	@tools/setup.sh
 train: setup
@@ -12,6 +12,8 @@ test: setup
 	@$(python) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 lint: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+bench-check: setup
+	@$(python) tools/bench_check.py
 lock: setup
 	@tools/lock.sh
 test-s3: setup

@@ -189,14 +189,16 @@ def neumann(hessian_product, v, steps, alpha):
     return p, norms
 
 
-def hypergradient(tables, dense, phi, train_batch, dev_batch, steps, alpha, dev_head=None, theta=None, **kw):
+def hypergradient(
+    tables, dense, phi, train_batch, dev_batch, steps, alpha, dev_head=None, theta=None, loss=biao_loss, **kw
+):
     """Eq. 14 over whole dense tables: ({phi name: gradient}, [|v_0|, ..., |v_steps|]).
 
-    `theta` is a list of names, `shared_names` unless told; kw are the options of `biao_weights`.
+    `theta` is a list of names, `shared_names` unless told; `loss` is L_train, and kw its options.
     """
     names = shared_names(tables, dense) if theta is None else theta
     both = {**tables, **dense}
-    theta = {name: both[name].detach().clone().requires_grad_() for name in names}
+    theta = {name: both[name].detach().requires_grad_() for name in names}
     phi = {name: value.detach().clone().requires_grad_() for name, value in phi.items()}
     tables, dense = replace(tables, theta), replace(dense, theta)
 
@@ -204,7 +206,7 @@ def hypergradient(tables, dense, phi, train_batch, dev_batch, steps, alpha, dev_
         return torch.autograd.grad(output, list(inputs.values()), direction, materialize_grads=True, **more)
 
     v = grad(dev_loss(tables, dense, dev_head, dev_batch), theta)
-    g = grad(biao_loss(tables, dense, phi, train_batch, **kw), theta, create_graph=True)
+    g = grad(loss(tables, dense, phi, train_batch, **kw), theta, create_graph=True)
     p, norms = neumann(lambda x: grad(g, theta, x, retain_graph=True), v, steps, alpha)
     mixed = grad(sum((x * y).sum() for x, y in zip(p, g, strict=True)), phi)
     return {name: -value for name, value in zip(phi, mixed, strict=True)}, norms

@@ -39,6 +39,8 @@ class Memory:
     def read(self, piece):
         return self._tables[piece.row_group].slice(piece.start, piece.rows)
 
+    def plan(self, who, row_groups): ...
+
 
 class Talks:
     """The talk of workers that are threads."""

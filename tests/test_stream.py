@@ -115,6 +115,29 @@ def test_dev_stream_is_the_same_rows_in_an_independent_order():
     assert (lower == again).sum() < 20
 
 
+def test_the_next_windows_are_read_before_they_are_needed():
+    class Recording(MemoryReader):
+        def __init__(self, row_groups):
+            super().__init__(row_groups)
+            self.read_groups = []
+
+        def read(self, piece):
+            self.read_groups.append(piece.row_group)
+            return super().read(piece)
+
+    reader = Recording([10] * 8)
+    one = Stream(reader, 4, StreamOptions(lanes=1, window=2), 3, "lower")
+    one.read(Place(0, 0))
+    assert len(reader.read_groups) == 2, "who reads a step reads a window"
+    one.read(Place(0, 1))
+    one._loader.submit(lambda: None).result()
+    assert len(reader.read_groups) == 4
+    for step in range(one.steps_per_epoch):
+        one.read(Place(0, step))
+    one._loader.submit(lambda: None).result()
+    assert len(reader.read_groups) == 10, "every group once, and the next epoch's first window"
+
+
 def test_more_workers_than_lanes_is_refused():
     with pytest.raises(UserError, match=r"5 workers but stream\.lanes=4"):
         stream([10], 2, 4, 1, workers=5)

@@ -1,10 +1,11 @@
-"""The perceptron's bench case: our jagged, shared, factored attention against the padded one as released."""
+"""Weights of a batch: our jagged, shared, factored attention against the padded one as released."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from cdr_dist.bilevel.options import PerceptronOptions
 from cdr_dist.bilevel.perceptron import HISTORIES, BehaviouralPerceptron, PerceptronInput, history_items
 from cdr_dist.data.dataset import read_manifest
+from tools.bench_case import Build, Case
 
 ITEMS = 6000
 
@@ -47,10 +49,18 @@ class Padded(nn.Module):
         return self.global_mlp(source).squeeze(1) * self.local_mlp(torch.cat(interests, dim=1)).squeeze(1)
 
 
-def case(rows: int, width: int, longest: int, draws: int, data: str) -> Any:
-    """rows: source behaviours of the batch, `draws` of them to a history."""
-    from tools.bench import Case
+def cases(quick: bool, data: str) -> dict[str, Build]:
+    sizes = [(16, 4, 5, 1)] if quick else [(64, 12, 20, 1), (1024, 64, 50, 1), (1024, 64, 50, 8)]
+    return {
+        f"batch {rows} width {width} N {n}" + (f", {draws} a history" if draws > 1 else ""): (
+            partial(case, rows, width, n, draws, data)
+        )
+        for rows, width, n, draws in sizes
+    }
 
+
+def case(rows: int, width: int, longest: int, draws: int, data: str, _: ExitStack) -> Case:
+    """rows: source behaviours of the batch, `draws` of them to a history."""
     options = PerceptronOptions()
     histories = _histories(rows // draws, longest, data)
     random = torch.Generator().manual_seed(8)
@@ -90,7 +100,7 @@ def case(rows: int, width: int, longest: int, draws: int, data: str) -> Any:
         return baseline(tables, source, padded)
 
     target = 5.0 if width >= 64 else 2.0
-    return Case("", "", target, jagged_forward, padded_forward)
+    return Case(target, jagged_forward, padded_forward)
 
 
 def _histories(rows: int, longest: int, data: str) -> dict[str, list[np.ndarray]]:

@@ -313,14 +313,17 @@ class _Stored:
 
     def __init__(self, table: pa.Table) -> None:
         self._table = table
+        self._columns: dict[str, NDArray] = {}
         self._lists: dict[str, Lists] = {}
 
     def __len__(self) -> int:
         return self._table.num_rows
 
     def __getitem__(self, name: str) -> NDArray:
-        values = self._table.column(name).to_numpy()
-        return values.astype(np.int64) if values.dtype.kind == "i" else values
+        if name not in self._columns:
+            values = self._table.column(name).to_numpy()
+            self._columns[name] = values.astype(np.int64) if values.dtype.kind == "i" else values
+        return self._columns[name]
 
     def lists(self, name: str) -> Lists:
         if name not in self._lists:

@@ -39,7 +39,7 @@ class Window:
     first: int
     number: int
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return sum(p.rows for p in self.pieces)
 

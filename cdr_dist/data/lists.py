@@ -18,12 +18,11 @@ class Lists:
 
     @staticmethod
     def of(column: pa.ChunkedArray) -> Lists:
-        chunks = [c for c in column.chunks if len(c)]
-        if not chunks:
-            return Lists(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
-        values = np.concatenate([c.flatten().to_numpy(zero_copy_only=False) for c in chunks])
-        lengths = np.concatenate([np.diff(c.offsets.to_numpy()) for c in chunks])
-        return Lists(values, lengths.astype(np.int64))
+        chunk = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+        assert not chunk.null_count, "a stored list may be empty, not missing"
+        offsets = chunk.offsets.to_numpy()
+        values = chunk.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+        return Lists(values, (offsets[1:] - offsets[:-1]).astype(np.int64))
 
     @property
     def starts(self) -> NDArray[np.int64]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -11,6 +14,9 @@ from cdr_dist.data.lanes import Order, Window, lanes_of
 from cdr_dist.data.options import StreamOptions
 from cdr_dist.data.shards import ShardReader
 from cdr_dist.errors import UserError
+
+_Key = tuple[int, int]
+"""Epoch, and number of a lane's window in it."""
 
 
 @dataclass(frozen=True, order=True)
@@ -53,7 +59,9 @@ class Stream:
         self._lanes = lanes_of(rank, workers, options.lanes)
         self._order = self._order_of(0)
         self._windows: dict[int, list[Window]] = {}
-        self._loaded: dict[int, tuple[int, pa.Table]] = {}
+        self._loaded: dict[int, tuple[_Key, pa.Table]] = {}
+        self._coming: dict[int, tuple[_Key, Future[pa.Table]]] = {}
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="cdr-window")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -69,7 +77,6 @@ class Stream:
         if place.epoch != self._order.epoch:
             self._order = self._order_of(place.epoch)
             self._windows.clear()
-            self._loaded.clear()
         for lane in self._lanes:
             if lane not in self._windows:
                 self._begin(lane, place.step)
@@ -77,7 +84,8 @@ class Stream:
         first = place.step * self.rows_per_step
         count = min(first + self.rows_per_step, self._order.rows) - first
         empty = self._reader.read(self._order.windows(0)[0].pieces[0]).slice(0, 0) if not parts else None
-        return Rows(pa.concat_tables(parts) if empty is None else empty, place, count)
+        # One chunk a column: a batch's columns are converted one by one, and a chunk costs as much as its rows.
+        return Rows(pa.concat_tables(parts).combine_chunks() if empty is None else empty, place, count)
 
     def epoch(self, epoch: int = 0) -> Iterator[Rows]:
         for step in range(self.steps_per_epoch):
@@ -85,31 +93,55 @@ class Stream:
 
     def _take(self, lane: int, step: int) -> Iterator[pa.Table]:
         start, stop = self._order.span(lane, step, self.rows_per_step)
-        for window in self._windows[lane]:
+        windows = self._windows[lane]
+        first = max(0, bisect_right(windows, start, key=lambda window: window.first) - 1)
+        for window in itertools.takewhile(lambda window: window.first < stop, windows[first:]):
             a, b = max(start, window.first), min(stop, window.first + window.rows)
             if a < b:
                 yield self._window(lane, window).slice(a - window.first, b - a)
+                if 4 * (b - window.first) > window.rows:
+                    self._read_ahead(lane, window)
 
     def _window(self, lane: int, window: Window) -> pa.Table:
-        if lane not in self._loaded or self._loaded[lane][0] != window.number:
-            rows = pa.concat_tables([self._reader.read(piece) for piece in window.pieces])
-            self._loaded[lane] = (window.number, rows.take(self._order.within(lane, window)).combine_chunks())
-            self._plan(lane, self._windows[lane][window.number + 1 :] or self._windows_after(lane))
+        key = (self._order.epoch, window.number)
+        if lane not in self._loaded or self._loaded[lane][0] != key:
+            coming, future = self._coming.pop(lane, (None, None))
+            if future is None or coming != key:
+                future = self._loader.submit(self._load, self._order, lane, window)
+            self._loaded[lane] = (key, future.result())
         return self._loaded[lane][1]
 
     def _begin(self, lane: int, step: int) -> None:
         """Before the first rows of an epoch are read, so that all lanes' windows are fetched together."""
         start, _ = self._order.span(lane, step, self.rows_per_step)
         self._windows[lane] = self._order.windows(lane)
-        self._plan(lane, [window for window in self._windows[lane] if window.first + window.rows > start])
+        first = next((window for window in self._windows[lane] if window.first + window.rows > start), None)
+        if first is not None and self._coming.get(lane, (None, None))[0] != (self._order.epoch, first.number):
+            self._plan(lane, first)
 
-    def _windows_after(self, lane: int) -> list[Window]:
-        """Of the next epoch; what is read in stored order is read once."""
-        return self._order_of(self._order.epoch + 1).windows(lane) if self._shuffle else []
+    def _plan(self, lane: int, window: Window) -> None:
+        self._reader.plan(lane, [piece.row_group for piece in window.pieces])
 
-    def _plan(self, lane: int, windows: Sequence[Window]) -> None:
-        """Announces the first of the windows that come."""
-        self._reader.plan(lane, [piece.row_group for window in windows[:1] for piece in window.pieces])
+    def _read_ahead(self, lane: int, window: Window) -> None:
+        """All lanes come to the ends of their windows at once: what follows is read in good time.
+
+        Not at once: who reads a few steps only (a refresh of the extra head) needs one window a lane.
+        """
+        order, number = self._order, window.number + 1
+        if number == len(self._windows[lane]):
+            if not self._shuffle:
+                return
+            order, number = self._order_of(order.epoch + 1), 0
+        key = (order.epoch, number)
+        if lane not in self._coming or self._coming[lane][0] != key:
+            following = order.windows(lane)[number]
+            self._plan(lane, following)
+            self._coming[lane] = (key, self._loader.submit(self._load, order, lane, following))
+
+    def _load(self, order: Order, lane: int, window: Window) -> pa.Table:
+        """Always in the loader's thread: the reader keeps what it has decoded."""
+        rows = pa.concat_tables([self._reader.read(piece) for piece in window.pieces])
+        return rows.take(order.within(lane, window)).combine_chunks()
 
     def _order_of(self, epoch: int) -> Order:
         o = self._options

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,8 @@ from cdr_dist.evaluation.metrics import Predictions, ScoredRows
 if TYPE_CHECKING:
     from cdr_dist.training.session import Session
 
+T = TypeVar("T")
+
 
 @torch.no_grad()
 def score_split(session: Session, split: str) -> ScoredRows:
@@ -30,8 +33,9 @@ def score_split(session: Session, split: str) -> ScoredRows:
     """
     session.model.eval()
     predictions = Predictions()
-    for rows in evaluation_rows(session, split):
-        batch = session.builder.evaluate(rows.table, rows.global_rows).to(session.device)
+    built = (session.builder.evaluate(r.table, r.global_rows) for r in evaluation_rows(session, split))
+    for ready in one_ahead(built):
+        batch = ready.to(session.device)
         found = session.tables.read(ids_by_table(batch.train, session.features))
         output = session.model(rows_by_feature(found, batch.train, session.features), batch)
         predictions.append(batch.user, batch.label, output.target_logit, batch.weight, batch.example)
@@ -47,6 +51,16 @@ def evaluation_rows(session: Session, split: str) -> Iterator[Rows]:
         for i in range(most):
             rows = streams[min(i, len(streams) - 1)].read(Place(0, step))
             yield rows if i < len(streams) else replace(rows, table=rows.table.slice(0, 0))
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, of which a thread makes the next while one is used."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="cdr-evaluate") as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item  # type: ignore[misc]
 
 
 def evaluate(session: Session, split: str, scores: str | None = None) -> dict[str, float]:

@@ -1,0 +1,92 @@
+"""A lower step of CoNet: ours against nn.Embedding, with sparse gradients as a careful user would, and as released."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cdr_dist.data.batch import Batch
+from tools.bench_case import Build, Case
+from tools.bench_data import Shape, written
+from tools.bench_training import Training, conet_flops
+
+BATCHES = 32
+
+
+def cases(quick: bool, data: str) -> dict[str, Build]:
+    return {
+        f"batch {batch} width {width}, against {baseline}": partial(case, quick, batch, width, baseline)
+        for batch, width in ([(32, 8)] if quick else [(64, 12), (1024, 64)])
+        for baseline in ("sparse", "dense")
+    }
+
+
+def case(quick: bool, batch: int, width: int, baseline: str, held: ExitStack) -> Case:
+    training = lower_training(quick, batch, width, held)
+    plain = Plain(training.session, sparse=baseline == "sparse")
+    return Case(
+        target=1.3 if baseline == "sparse" else 60.0,
+        ours=partial(training.steps, 1),
+        baseline=plain.step,
+        unit="step",
+        flops=batch * conet_flops(training.session),
+        rounds=25 if baseline == "sparse" else 5,
+    )
+
+
+def lower_training(quick: bool, batch: int, width: int, held: ExitStack) -> Training:
+    """Joint training on resident batches; 1M source items, 333k target items, 100k users."""
+    sizes = (100, 1000, 333) if quick else (100_000, 1_000_000, 333_000)
+    shape = Shape(BATCHES * batch, *sizes, history=0)
+    words = ["recipe=joint", f"batch.size={batch}", f"tables.width={width}"]
+    return Training(held, written(held, shape), words, resident=BATCHES)
+
+
+def loss_of(model: Any, embedded: dict[str, Tensor], batch: Batch) -> Tensor:
+    """What `joint` minimises: gamma0 is 1."""
+    target, source = model.losses(model(embedded, batch), batch)
+    return target.mean() + (batch.source_valid * source).mean()
+
+
+class Plain:
+    """The same model and batches over nn.Embedding tables with the same values; one process, no framework."""
+
+    def __init__(self, session: Any, sparse: bool) -> None:
+        self.features, self.sparse, self.lr = dict(session.features), sparse, session.config.tables.lr
+        self.tables = nn.ModuleDict()
+        for name, (_, rows) in session.tables.shards().items():
+            self.tables[name] = nn.Embedding.from_pretrained(rows.clone(), freeze=False, sparse=sparse, padding_idx=0)
+        self.state = {name: torch.zeros(table.num_embeddings) for name, table in self.tables.items()}
+        self.model = copy.deepcopy(session.model)
+        dense = self.model.parameters() if sparse else [*self.model.parameters(), *self.tables.parameters()]
+        self.adam = torch.optim.Adam(dense, lr=session.config.dense.lr)
+        batches = [fed.batch for fed in session.lower.batches]
+        self.batches = [({f: batch.train[f].values() for f in self.features}, batch) for batch in batches]
+        self.turn = 0
+
+    def step(self) -> float:
+        ids, batch = self.batches[self.turn % len(self.batches)]
+        self.turn += 1
+        loss = loss_of(self.model, {f: self.tables[t](ids[f]) for f, t in self.features.items()}, batch)
+        loss.backward()
+        self.adam.step()
+        self.adam.zero_grad()
+        if self.sparse:
+            self.rowwise_adagrad()
+        return loss.item()
+
+    @torch.no_grad()
+    def rowwise_adagrad(self) -> None:
+        """One statistic a row; only the rows of the batch are touched."""
+        for name, table in self.tables.items():
+            gradient = table.weight.grad.coalesce()
+            rows, values = gradient.indices()[0], gradient.values()
+            state = self.state[name].index_add_(0, rows, values.square().mean(1))
+            rate = -self.lr / (state[rows].sqrt() + 1e-8)
+            table.weight.index_add_(0, rows, values * rate.unsqueeze(1))
+            table.weight.grad = None
