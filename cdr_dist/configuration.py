@@ -37,6 +37,8 @@ CHOSEN = ("model", "recipe", "preset")
 """Options whose values name a file of configs/."""
 LITERAL = ("data", "run")
 """Options whose values are taken as they are: paths with '=' or '(' break Hydra's grammar, 2024 becomes a number."""
+STARTS = "tables.start."
+"""The same goes for options that start like this; what follows is the name of a table."""
 
 
 @dataclass
@@ -80,7 +82,7 @@ def compose_words(words: Sequence[str]) -> DictConfig:
             raise UserError(f"{word}: unknown; {nearest(word, ['--check', '--help'])}")
         if not separator:
             raise UserError(f"'{word}': options are written key=value")
-        if name in LITERAL and not value:
+        if _is_literal(name) and not value:
             raise UserError(f"{name}= is empty")
         if name in groups:
             if value not in groups[name]:
@@ -91,7 +93,7 @@ def compose_words(words: Sequence[str]) -> DictConfig:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         known = _keys(compose("train", choices))
         for name, _ in options:
-            if name not in known and not name.startswith("+model."):
+            if name not in known and not name.startswith(("+model.", STARTS)):
                 raise UserError(f"{name}: unknown option; {nearest(name, sorted(known | set(groups)))}")
         _check_grammar(options)
         try:
@@ -136,11 +138,16 @@ def differences(a: TrainConfig, b: TrainConfig, leave_out: Sequence[str] = ()) -
     ]
 
 
+def _is_literal(name: str) -> bool:
+    return name in LITERAL or name.startswith(STARTS)
+
+
 def _quoted(name: str, value: str) -> str:
-    if name not in LITERAL:
+    if not _is_literal(name):
         return f"{name}={value}"
     escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
-    return f'{name}="{escaped}"'
+    added = "++" if name.startswith(STARTS) else ""
+    return f'{added}{name}="{escaped}"'
 
 
 def _keys(config: Any) -> set[str]:

@@ -96,6 +96,8 @@ def _default(module: str, node: ast.expr | None) -> str:
     """As it would be typed."""
     if isinstance(node, ast.Call):
         factory = node.keywords[0].value
+        if isinstance(factory, ast.Name) and factory.id == "dict":
+            return "{}"
         return _default(module, factory.body) if isinstance(factory, ast.Lambda) else "[]"
     if isinstance(node, ast.List):
         return "[" + ",".join(_default(module, element) for element in node.elts) + "]"

@@ -59,8 +59,8 @@ class Slices:
     def lengths(self) -> Ints:
         return self.ends - self.starts
 
-    def rows(self, first: int, last: int) -> Slices:
-        return Slices(self.starts[first:last], self.ends[first:last])
+    def at(self, rows: slice | Ints) -> Slices:
+        return Slices(self.starts[rows], self.ends[rows])
 
     @cached_property
     def _offsets(self) -> Ints:

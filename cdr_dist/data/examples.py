@@ -15,6 +15,7 @@ from cdr_dist.data import hashing, partitions, spill, splits, storage
 from cdr_dist.data.behaviours import Behaviours, Ints, Slices, most_recent
 from cdr_dist.data.dataset import EXAMPLE_SCHEMA, UNKNOWN
 from cdr_dist.data.partitions import Partition
+from cdr_dist.data.prepare_options import PrepareOptions
 from cdr_dist.data.shuffle import Buckets
 from cdr_dist.data.stored_negatives import stored_negatives
 
@@ -50,21 +51,21 @@ def build(task: Build) -> Built:
     files = []
     for number, rows in enumerate(examples.chunks()):
         uri = storage.join(task.scratch, f"{task.partition.number:05d}-{number:05d}.arrow")
-        split = examples.split[rows.start : rows.stop]
-        bucket = task.buckets.of(split, examples.example_id[rows.start : rows.stop])
+        bucket = task.buckets.of(examples.split[rows], examples.example_id[rows])
         files.append(spill.write(uri, examples.table(rows), bucket, task.buckets.total))
     return Built(files, *(np.bincount(examples.split[m], minlength=3).tolist() for m in examples.counted()))
 
 
 @dataclass(frozen=True)
 class Examples:
-    """The target behaviours of a partition, all arrays in their order, and the user's behaviours around them."""
+    """All target behaviours of some users, arrays in their order, and the user's behaviours around them."""
 
-    task: Build
+    options: PrepareOptions
+    target_items: int
     target: Behaviours
     source: Behaviours
     split: np.ndarray
-    user_id: np.ndarray  # of each user of the partition: vocabulary id
+    user_id: np.ndarray  # of each user: vocabulary id
     first_example: Ints  # of each user
     item_trains: np.ndarray  # of each target row: is its item in any training row
     target_category: np.ndarray  # of each target row, as source_category of each source row
@@ -78,7 +79,8 @@ class Examples:
         ids = [items["id"].to_numpy().astype(np.int64) for items in (target_items, source_items)]
         kinds = [items["category_id"].to_numpy() for items in (target_items, source_items)]
         return cls(
-            task,
+            task.partition.options,
+            task.target_items,
             Behaviours(target.users, target.user, ids[0][target.item], target.timestamp, target.label),
             Behaviours(source.users, source.user, ids[1][source.item], source.timestamp, source.label),
             split,
@@ -96,7 +98,7 @@ class Examples:
 
     @cached_property
     def limits(self) -> Ints:
-        return splits.validation_times(self.target, self.task.partition.options)
+        return splits.validation_times(self.target, self.options)
 
     def counted(self) -> tuple[np.ndarray, ...]:
         """Masks over the rows: all, unknown user or item, user that never trains, item that never trains."""
@@ -111,7 +113,7 @@ class Examples:
         history=past: the positives before this behaviour, of any split: what a test row may know is all before it.
         history=train: all positive training behaviours, the same for every row of a user, this one included.
         """
-        options, target = self.task.partition.options, self.target
+        options, target = self.options, self.target
         if options.history == "train":
             kept = (target.label > 0) & (self.split == splits.TRAIN)
             starts = target.where(kept).starts
@@ -123,7 +125,7 @@ class Examples:
     @cached_property
     def source_history(self) -> tuple[np.ndarray, Slices]:
         """As `target_history`, of source behaviours strictly before this one (or before validation)."""
-        options, kept = self.task.partition.options, self.source.label > 0
+        options, kept = self.options, self.source.label > 0
         positives = self.source.where(kept)
         times = self.limits[self.target.user] if options.history == "train" else self.target.timestamp
         ends = positives.first_not_before(self.target.user, times)
@@ -132,7 +134,7 @@ class Examples:
     @cached_property
     def source_candidates(self) -> tuple[np.ndarray, Slices]:
         """A user's source behaviours strictly before validation, sampled down where there are too many."""
-        options, source = self.task.partition.options, self.source
+        options, source = self.options, self.source
         kept = source.timestamp < self.limits[source.user]
         many = kept & (np.bincount(source.user[kept], minlength=source.users) > options.candidates)[source.user]
         rows = np.flatnonzero(many)
@@ -164,25 +166,24 @@ class Examples:
         lengths = np.stack([of_row.lengths for _, of_row in slices])
         return 64 + np.array([8, 8, 20, 12]) @ lengths
 
-    def chunks(self) -> Iterator[range]:
-        """Ranges of rows whose tables are about CHUNK_BYTES each."""
+    def chunks(self) -> Iterator[slice]:
+        """Slices of the rows whose tables are about CHUNK_BYTES each."""
         chunk = np.cumsum(self._row_bytes) // CHUNK_BYTES
         bounds = [0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(chunk)]
-        return (range(a, b) for a, b in itertools.pairwise(bounds) if b > a)
+        return (slice(a, b) for a, b in itertools.pairwise(bounds) if b > a)
 
-    def table(self, rows: range) -> pa.Table:
-        """The examples (EXAMPLE_SCHEMA) of a range of rows."""
-        cut = slice(rows.start, rows.stop)
+    def table(self, rows: slice | Ints) -> pa.Table:
+        """The examples (EXAMPLE_SCHEMA) of some of the rows."""
         target, source = self.target, self.source
         columns = {
-            "example_id": self.example_id[cut],
-            "user": self.user_id[target.user[cut]],
-            "item": target.item[cut].astype(np.int32),
-            "category": self.target_category[cut],
-            "label": target.label[cut],
-            "timestamp": target.timestamp[cut],
-            "position": self.position[cut],
-            "negatives_item": self._negatives(cut),
+            "example_id": self.example_id[rows],
+            "user": self.user_id[target.user[rows]],
+            "item": target.item[rows].astype(np.int32),
+            "category": self.target_category[rows],
+            "label": target.label[rows],
+            "timestamp": target.timestamp[rows],
+            "position": self.position[rows],
+            "negatives_item": self._negatives(rows),
         }
         of_target = {"item": target.item, "category": self.target_category, "label": target.label}
         of_source = {"item": source.item, "category": self.source_category, "label": source.label}
@@ -193,21 +194,21 @@ class Examples:
             ("target_candidates", of_target),
         ):
             kept, slices = getattr(self, name)
-            part = slices.rows(rows.start, rows.stop)
+            part = slices.at(rows)
             for of, flat in values.items():
                 if f"{name}_{of}" in EXAMPLE_SCHEMA.names:
                     wanted = EXAMPLE_SCHEMA.field(f"{name}_{of}").type.value_type.to_pandas_dtype()
                     columns[f"{name}_{of}"] = part.of(flat[kept].astype(wanted))
         return pa.table({name: columns[name] for name in EXAMPLE_SCHEMA.names}, schema=EXAMPLE_SCHEMA)
 
-    def _negatives(self, cut: slice) -> pa.ListArray:
-        options, evaluated = self.task.partition.options, self.split[cut] != splits.TRAIN
+    def _negatives(self, rows: slice | Ints) -> pa.ListArray:
+        options, evaluated = self.options, self.split[rows] != splits.TRAIN
         count = options.stored_negatives
         drawn = np.zeros(0, dtype=np.int64)
         if count:
-            user, example_id = self.target.user[cut][evaluated], self.example_id[cut][evaluated]
+            user, example_id = self.target.user[rows][evaluated], self.example_id[rows][evaluated]
             positives = self.target.where(self.target.label > 0)
-            drawn = stored_negatives(options.seed, user, example_id, positives, self.task.target_items, count).ravel()
+            drawn = stored_negatives(options.seed, user, example_id, positives, self.target_items, count).ravel()
         ends = np.cumsum(evaluated * count)
         return Slices(ends - evaluated * count, ends).of(drawn.astype(np.int32))
 

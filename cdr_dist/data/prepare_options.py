@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
 from dataclasses import dataclass, field
 from typing import Any
 
 from cdr_dist.data.options import StorageOptions
+from cdr_dist.data.words import check, described, fields_of, option, values_of
 from cdr_dist.errors import UserError, nearest
 
 CHOICES = {
@@ -26,36 +26,32 @@ NOT_CONTENT = ("out", "workers", "partitions", "storage.deadline_s", "storage.tr
 """Options that never change a byte of the dataset, so the manifest leaves them out."""
 
 
-def _option(default: Any, doc: str) -> Any:
-    return field(default=default, metadata={"doc": doc})
-
-
 @dataclass(frozen=True)
 class Columns:
     """Names of the log's columns. A name that is not the default must be in the log."""
 
-    user: str = _option("user_id", "column of the user's id")
-    item: str = _option("item_id", "column of the item's id")
-    timestamp: str = _option("timestamp", "column of the time: whole seconds, or any whole number that orders")
-    rating: str = _option("rating", "column of the rating; read only with labels=rating")
-    category: str = _option("category", "column of the item's category; used where no item file is given")
+    user: str = option("user_id", "column of the user's id")
+    item: str = option("item_id", "column of the item's id")
+    timestamp: str = option("timestamp", "column of the time: whole seconds, or any whole number that orders")
+    rating: str = option("rating", "column of the rating; read only with labels=rating")
+    category: str = option("category", "column of the item's category; used where no item file is given")
 
 
 @dataclass(frozen=True)
 class ItemColumns:
     """Names of the item files' columns."""
 
-    item: str = _option("item_id", "item file: column of the item's id")
-    category: str = _option("category", "item file: column of the category")
+    item: str = option("item_id", "item file: column of the item's id")
+    category: str = option("category", "item file: column of the category")
 
 
 @dataclass(frozen=True)
 class Storage:
     """As in training; what only training needs is left out."""
 
-    deadline_s: float = _option(StorageOptions.deadline_s, "longest wait for one request to a disk or store, in s")
-    tries: int = _option(StorageOptions.tries, "how often a request is sent before it counts as failed")
-    backoff_s: float = _option(StorageOptions.backoff_s, "longest wait before the second try, in s; then doubling")
+    deadline_s: float = option(StorageOptions.deadline_s, "longest wait for one request to a disk or store, in s")
+    tries: int = option(StorageOptions.tries, "how often a request is sent before it counts as failed")
+    backoff_s: float = option(StorageOptions.backoff_s, "longest wait before the second try, in s; then doubling")
 
     @property
     def options(self) -> StorageOptions:
@@ -66,43 +62,43 @@ class Storage:
 class PrepareOptions:
     """What to prepare and how. UserError on a value that is out of range or contradicts another."""
 
-    source: str = _option("", "log of the source domain: a file, a folder or a pattern; local or a URI")
-    target: str = _option("", "log of the target domain")
-    out: str = _option("", "folder of the dataset, local or a URI; must not hold anything else")
-    format: str = _option("table", "format of the logs; table: csv, tsv (.gz as well) or Parquet")
-    source_items: str = _option("", "file of the source items' categories")
-    target_items: str = _option("", "file of the target items' categories")
-    source_domain: str = _option("", "name of the source domain; empty: the log's file name")
-    target_domain: str = _option("", "name of the target domain; empty: the log's file name")
+    source: str = option("", "log of the source domain: a file, a folder or a pattern; local or a URI")
+    target: str = option("", "log of the target domain")
+    out: str = option("", "folder of the dataset, local or a URI; must not hold anything else")
+    format: str = option("table", "format of the logs; table: csv, tsv (.gz as well) or Parquet")
+    source_items: str = option("", "file of the source items' categories")
+    target_items: str = option("", "file of the target items' categories")
+    source_domain: str = option("", "name of the source domain; empty: the log's file name")
+    target_domain: str = option("", "name of the target domain; empty: the log's file name")
     columns: Columns = field(default_factory=Columns)
     item_columns: ItemColumns = field(default_factory=ItemColumns)
     source_columns: Columns = field(default_factory=lambda: Columns(*[""] * 5))
     target_columns: Columns = field(default_factory=lambda: Columns(*[""] * 5))
     source_item_columns: ItemColumns = field(default_factory=lambda: ItemColumns(*[""] * 2))
     target_item_columns: ItemColumns = field(default_factory=lambda: ItemColumns(*[""] * 2))
-    labels: str = _option("rating", "rating: label 1 where rating > threshold; sampled: all 1, negatives drawn")
-    threshold: float = _option(3.0, "ratings above it are positive (labels=rating)")
-    eval_negatives: int = _option(1, "negatives stored with a validation or test row (labels=sampled)")
-    split: str = _option("leave_last", "leave_last: last behaviour test, last but one validation; time")
-    valid_from: int | None = _option(None, "first timestamp of validation (split=time)")
-    test_from: int | None = _option(None, "first timestamp of test (split=time)")
-    users: str = _option("both", "both: users of both domains; target: all of the target domain's")
-    vocab: str = _option("all", "all: ids for all that occurs; train: only for what training may see")
-    history: str = _option("past", "past: positives before each behaviour; train: all training positives")
-    history_length: int = _option(50, "longest stored history, the most recent kept")
-    candidates: int = _option(100, "most source candidates of a user, by seeded sample")
-    seed: int = _option(8, "seed of every draw")
-    workers: int = _option(0, "0: in this process; N: N Ray tasks at a time")
-    partitions: int = _option(0, "user partitions; 0: by the input's size. Memory is bounded by one")
-    rows_per_shard: int = _option(1_000_000, "rows of an output file, about")
+    labels: str = option("rating", "rating: label 1 where rating > threshold; sampled: all 1, negatives drawn")
+    threshold: float = option(3.0, "ratings above it are positive (labels=rating)")
+    eval_negatives: int = option(1, "negatives stored with a validation or test row (labels=sampled)")
+    split: str = option("leave_last", "leave_last: last behaviour test, last but one validation; time")
+    valid_from: int | None = option(None, "first timestamp of validation (split=time)")
+    test_from: int | None = option(None, "first timestamp of test (split=time)")
+    users: str = option("both", "both: users of both domains; target: all of the target domain's")
+    vocab: str = option("all", "all: ids for all that occurs; train: only for what training may see")
+    history: str = option("past", "past: positives before each behaviour; train: all training positives")
+    history_length: int = option(50, "longest stored history, the most recent kept")
+    candidates: int = option(100, "most source candidates of a user, by seeded sample")
+    seed: int = option(8, "seed of every draw")
+    workers: int = option(0, "0: in this process; N: N Ray tasks at a time")
+    partitions: int = option(0, "user partitions; 0: by the input's size. Memory is bounded by one")
+    rows_per_shard: int = option(1_000_000, "rows of an output file, about")
     storage: Storage = field(default_factory=Storage)
 
     def __post_init__(self) -> None:
         for name in REQUIRED:
-            _check(bool(getattr(self, name)), f"{name}= is missing")
+            check(bool(getattr(self, name)), f"{name}= is missing")
         for name, known in CHOICES.items():
             value = getattr(self, name)
-            _check(value in known, f"{name}={value}: {nearest(str(value), list(known))}")
+            check(value in known, f"{name}={value}: {nearest(str(value), list(known))}")
         for name, least in (
             ("eval_negatives", 1),
             ("history_length", 1),
@@ -112,19 +108,19 @@ class PrepareOptions:
             ("rows_per_shard", 1),
         ):
             value = getattr(self, name)
-            _check(value >= least, f"{name}={value}: must be {least} or more")
-        _check(math.isfinite(self.threshold), f"threshold={self.threshold}: must be a finite number")
+            check(value >= least, f"{name}={value}: must be {least} or more")
+        check(math.isfinite(self.threshold), f"threshold={self.threshold}: must be a finite number")
         self._check_times()
         _ = self.storage.options  # checks them
 
     def _check_times(self) -> None:
         valid_from, test_from = self.valid_from, self.test_from
         if self.split == "leave_last":
-            _check(valid_from is None and test_from is None, "valid_from= and test_from= need split=time")
+            check(valid_from is None and test_from is None, "valid_from= and test_from= need split=time")
             return
         if valid_from is None or test_from is None:
             raise UserError("split=time needs valid_from= and test_from=")
-        _check(valid_from < test_from, f"valid_from={valid_from} must be before test_from={test_from}")
+        check(valid_from < test_from, f"valid_from={valid_from} must be before test_from={test_from}")
 
     @property
     def stored_negatives(self) -> int:
@@ -147,55 +143,20 @@ class PrepareOptions:
         return {n: value for n, value in flat.items() if n not in NOT_CONTENT and (value or not n.startswith(OWN))}
 
 
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise UserError(message)
-
-
 def _get(options: Any, dotted: str) -> Any:
     for name in dotted.split("."):
         options = getattr(options, name)
     return options
 
 
-def _fields(cls: type = PrepareOptions, prefix: str = "") -> dict[str, tuple[type, dataclasses.Field[Any]]]:
-    types = typing.get_type_hints(cls)
-    found: dict[str, tuple[type, dataclasses.Field[Any]]] = {}
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(types[f.name]):
-            found |= _fields(types[f.name], f"{prefix}{f.name}.")
-        else:
-            found[prefix + f.name] = (types[f.name], f)
-    return found
-
-
 def option_names() -> list[str]:
     """All names as typed, dotted where nested."""
-    return list(_fields())
+    return list(fields_of(PrepareOptions))
 
 
 def options_from_words(words: list[str]) -> PrepareOptions:
     """Options from `name=value` words; values are literal. UserError: unknown name, wrong type, given twice."""
-    fields = _fields()
-    given: dict[str, Any] = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        _check(bool(equals), f"{word}: options are written name=value")
-        _check(name in fields, f"unknown option {name}: {nearest(name, list(fields))}")
-        _check(name not in given, f"{name}= is given twice")
-        given[name] = _value(name, text, fields[name][0])
-    return _build(given)
-
-
-def _value(name: str, text: str, kind: Any) -> Any:
-    if kind is str:
-        return text
-    number = float if kind is float else int
-    try:
-        return number(text)
-    except ValueError:
-        what = "a number" if number is float else "a whole number"
-        raise UserError(f"{name}={text}: not {what}") from None
+    return _build(values_of(words, fields_of(PrepareOptions)))
 
 
 def _build(given: dict[str, Any]) -> PrepareOptions:
@@ -212,12 +173,8 @@ def _build(given: dict[str, Any]) -> PrepareOptions:
 
 def describe_options() -> str:
     """One line for each option: name, default, meaning."""
-    lines = []
-    for name, (_, f) in _fields().items():
-        if name.startswith(OWN):
-            continue
-        default = "(required)" if name in REQUIRED else "" if f.default is None else f.default
-        lines.append(f"  {name + '=' + str(default):34} {f.metadata['doc']}")
+    shown = {name: of for name, of in fields_of(PrepareOptions).items() if not name.startswith(OWN)}
+    lines = described(shown, REQUIRED)
     lines.append(f"  {'source_columns.*, target_columns.*':34} as columns.*, for one domain's log only")
     lines.append(f"  {'source_item_columns.*, target_…':34} as item_columns.*, for one domain's item file only")
     return "\n".join(lines)

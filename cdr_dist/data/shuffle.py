@@ -7,7 +7,7 @@ range of keys, a shard is a range of buckets, and neither partitions nor workers
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,16 +71,24 @@ class ShardTask:
 
 def write_shard(task: ShardTask) -> Shard:
     """Writes one shard, in the order of the shuffle's keys, ROW_GROUP_ROWS rows a group."""
-    path = f"{SPLITS[task.split]}/part-{task.number:05d}.parquet"
-    groups = []
-    with storage.open_output(storage.join(task.folder, path)) as file:
+    return write_groups(task.folder, shard_path(task.split, task.number), _row_groups(_sorted_buckets(task)))
+
+
+def shard_path(split: int, number: int) -> str:
+    return f"{SPLITS[split]}/part-{number:05d}.parquet"
+
+
+def write_groups(folder: str, path: str, groups: Iterable[pa.Table], schema: pa.Schema = EXAMPLE_SCHEMA) -> Shard:
+    """Writes a Parquet file with a row group for each table."""
+    rows = []
+    with storage.open_output(storage.join(folder, path)) as file:
         hashed = _Hashed(file)
         # Shuffled ids repeat too little for dictionaries: without them a shard is smaller and written twice as fast.
-        with pq.ParquetWriter(hashed, EXAMPLE_SCHEMA, compression="zstd", use_dictionary=False) as writer:
-            for group in _row_groups(_sorted_buckets(task)):
-                writer.write_table(group, row_group_size=ROW_GROUP_ROWS)
-                groups.append(group.num_rows)
-    return Shard(path, sum(groups), groups, hashed.bytes, hashed.digest.hexdigest())
+        with pq.ParquetWriter(hashed, schema, compression="zstd", use_dictionary=False) as writer:
+            for group in groups:
+                writer.write_table(group, row_group_size=max(1, group.num_rows))
+                rows.append(group.num_rows)
+    return Shard(path, sum(rows), rows, hashed.bytes, hashed.digest.hexdigest())
 
 
 def _sorted_buckets(task: ShardTask) -> Iterator[pa.Table]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cdr_dist.errors import UserError, nearest
 
@@ -24,6 +24,9 @@ class TableOptions:
     init_std: float = 0.1
     weight_decay: float = 0.0
     """Rowwise_adagrad only: a row loses lr x weight_decay of itself whenever it is trained (decoupled)."""
+    start: dict[str, str] = field(default_factory=dict)
+    """Typed tables.start.TABLE=FILE: a Parquet file, local or s3://, with the columns id (the key as in the logs) and
+    vector (a list of `width` numbers); rows of these keys start from their vectors, the others as usual."""
 
     def __post_init__(self) -> None:
         if self.width <= 0 or self.width % 4:

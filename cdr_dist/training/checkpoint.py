@@ -57,6 +57,8 @@ class Progress:
     bad_validations: int = 0
     passes: dict[str, int] = field(default_factory=dict)
     data_checksum: str = ""
+    started: dict[str, int] = field(default_factory=dict)
+    """Table -> its rows that started from given vectors."""
 
     @staticmethod
     def from_json(text: bytes) -> Progress:

@@ -57,6 +57,10 @@ class Console:
         if line["split"] == "upper":
             self._warn_of_growth(step, values)
             return
+        if line["split"] == "start":
+            for table, rows in values.items():
+                self._say(step, f"{rows} rows of table {table} start from given vectors")
+            return
         keys = ("auc", "gauc", "logloss") if line["split"] == "valid" else ("target_loss", "source_loss")
         text = "  ".join(f"{k} {values[k]:.4f}" for k in keys if values.get(k) is not None)
         if self._bar is not None:

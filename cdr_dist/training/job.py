@@ -8,9 +8,11 @@ from cdr_dist.configuration import TrainConfig, from_words
 from cdr_dist.data import storage
 from cdr_dist.data.demo import DEMO, dataset_of, is_written
 from cdr_dist.data.shards import verify
+from cdr_dist.training.checkpoint import newest
 from cdr_dist.training.checks import build_updates, check_before_start, check_updates, table_bytes
 from cdr_dist.training.launch import quiet_libraries, train
 from cdr_dist.training.run_folder import RunFolder
+from cdr_dist.training.start_vectors import check_start_files
 
 
 def train_job(words: list[str], check: bool = False) -> None:
@@ -35,13 +37,16 @@ def train_job(words: list[str], check: bool = False) -> None:
 def check_run(config: TrainConfig) -> str:
     """Everything that can be found before anything starts; a line that says what would be trained."""
     quiet_libraries()
-    RunFolder(config.run).check(config)
+    place = RunFolder(config.run)
+    place.check(config)
     if config.data == DEMO and not is_written():
         build_updates(config)
         return f"ok: {config.recipe.name} on {DEMO}, which is written on first use"
     folder = dataset_of(config.data)
     manifest = check_before_start(config, folder)
     check_updates(config, folder)
+    if newest(place.checkpoints) is None:
+        check_start_files(config, manifest)
     verify(folder, manifest, how=config.trainer.verify)
     return (
         f"ok: {config.recipe.name} on {config.data}: {manifest.examples('train')} training rows, tables "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -22,6 +23,7 @@ from cdr_dist.training.checks import check_before_start, most_steps
 from cdr_dist.training.console import Console
 from cdr_dist.training.lease import Lease
 from cdr_dist.training.run_folder import RunFolder
+from cdr_dist.training.start_vectors import check_start_files
 
 
 def train(config: TrainConfig, folder: str, quiet: bool = False) -> dict[str, Any]:
@@ -30,6 +32,8 @@ def train(config: TrainConfig, folder: str, quiet: bool = False) -> dict[str, An
     manifest = check_before_start(config, folder)
     place = RunFolder(config.run)
     place.check(config)
+    if newest(place.checkpoints) is None:
+        check_start_files(config, manifest)
     done = place.summary()
     if done is not None and place.config().trainer.max_steps == config.trainer.max_steps:
         return done
@@ -54,16 +58,21 @@ def _train(
         start = _in_process if config.trainer.workers == 0 else _on_ray
         told: list[int] = []
         try:
-            return start(config, _absolute(folder), place, token, told), told
+            return start(_with_absolute_paths(config), _absolute(folder), place, token, told), told
         except UserError:
             if new:
                 place.discard_unless_begun()
             raise
 
 
-def _absolute(folder: str) -> str:
+def _absolute(path: str) -> str:
     """Workers stand in folders of their own."""
-    return folder if "://" in folder else str(Path(folder).expanduser().absolute())
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    start = {table: _absolute(path) for table, path in config.tables.start.items()}
+    return dataclasses.replace(config, tables=dataclasses.replace(config.tables, start=start))
 
 
 @contextmanager

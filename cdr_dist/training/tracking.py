@@ -19,6 +19,10 @@ class Recorder:
         self._files = folder.board()
         self._board = SummaryWriter(str(self._files))
 
+    def started(self, rows: dict[str, int]) -> None:
+        """Table -> rows that start from given vectors."""
+        self._folder.log(step=0, phase="", split="start", values=rows)
+
     def trained(self, step: int, phase: str, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._sums[name] += value
@@ -52,6 +56,9 @@ class Recorder:
 
 class Silent:
     """The watcher of the other workers."""
+
+    def started(self, rows: dict[str, int]) -> None:
+        pass
 
     def trained(self, step: int, phase: str, values: dict[str, float]) -> None:
         pass

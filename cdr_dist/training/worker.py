@@ -27,6 +27,7 @@ from cdr_dist.training.learned_weights import against_truth, weights_by_category
 from cdr_dist.training.loop import Loop, Phase
 from cdr_dist.training.run_folder import SCORES, RunFolder
 from cdr_dist.training.session import Session
+from cdr_dist.training.start_vectors import start_from_vectors
 from cdr_dist.training.talk import OverGroup
 from cdr_dist.training.tracking import Recorder, Silent
 
@@ -56,7 +57,10 @@ def work(config: TrainConfig, folder: str, run: str, token: str = "") -> dict[st
     try:
         step = loop.resume()
         if session.rank == 0:
-            place.forget_after(step)
+            place.forget_after(step or -1)
+        if step == 0 and config.tables.start:
+            loop.progress.started = start_from_vectors(session)
+            watcher.started(loop.progress.started)
         loop.run()
         if loop.stopped:
             return STOPPED
@@ -140,6 +144,8 @@ def _summary(
         "backward_passes": {**passes, "predicted": predicted},
         "parameters_sha256": digest,
     }
+    if p.started:
+        summary["started"] = p.started
     if session.rank:
         return None
     if weights is not None:

@@ -1,0 +1,65 @@
+"""Options typed as `name=value` words: from the fields of a dataclass, nested ones with dotted names."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any
+
+from cdr_dist.errors import UserError, nearest
+
+Fields = dict[str, tuple[type, "dataclasses.Field[Any]"]]
+"""Name as typed -> type and field."""
+
+
+def option(default: Any, doc: str) -> Any:
+    """A field with its meaning, which `--help` shows."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def fields_of(cls: type, prefix: str = "") -> Fields:
+    types = typing.get_type_hints(cls)
+    found: Fields = {}
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(types[f.name]):
+            found |= fields_of(types[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
+        else:
+            found[prefix + f.name] = (types[f.name], f)
+    return found
+
+
+def check(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
+def values_of(words: list[str], fields: Fields) -> dict[str, Any]:
+    """Name -> value of the given words; values are literal. UserError: unknown name, wrong type, given twice."""
+    given: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        check(bool(equals), f"{word}: options are written name=value")
+        check(name in fields, f"unknown option {name}: {nearest(name, list(fields))}")
+        check(name not in given, f"{name}= is given twice")
+        given[name] = _value(name, text, fields[name][0])
+    return given
+
+
+def described(fields: Fields, required: tuple[str, ...] = ()) -> list[str]:
+    """One line for each option: name, default, meaning."""
+    lines = []
+    for name, (_, f) in fields.items():
+        default = "(required)" if name in required else "" if f.default is None else f.default
+        lines.append(f"  {name + '=' + str(default):34} {f.metadata['doc']}")
+    return lines
+
+
+def _value(name: str, text: str, kind: Any) -> Any:
+    if kind is str:
+        return text
+    number = float if kind is float else int
+    try:
+        return number(text)
+    except ValueError:
+        what = "a number" if number is float else "a whole number"
+        raise UserError(f"{name}={text}: not {what}") from None
