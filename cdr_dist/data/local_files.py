@@ -114,13 +114,14 @@ class LocalUpload:
 
 def _make_folder(path: str, durable: bool) -> None:
     """With its parents; a new folder's name lasts once the folder that it stands in is on the disk."""
-    if os.path.isdir(path):
-        return
-    parent = os.path.dirname(path)
-    _make_folder(parent, durable)
-    os.makedirs(path, exist_ok=True)  # another worker may make it at the same time
+    new, above = [], path
+    while not os.path.exists(above):
+        new.append(above)
+        above = os.path.dirname(above)
+    os.makedirs(path, exist_ok=True)
     if durable:
-        _sync_folder(parent)
+        for folder in new:
+            _sync_folder(os.path.dirname(folder))
 
 
 def _sync_folder(path: str) -> None:
