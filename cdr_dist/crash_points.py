@@ -14,6 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EFFECTS = (
+    "prepare.spill",
+    "prepare.shard",
+    "prepare.vocabulary",
+    "prepare.manifest",
+    "prepare.move",
+    "prepare.moved_file",
+    "prepare.clear",
     "run.lease",
     "run.config",
     "run.versions",

@@ -8,36 +8,20 @@ the inputs and the output folder are checked.
 
 from __future__ import annotations
 
-import logging
-import signal
 import sys
+from pathlib import Path
 
-from cdr_dist.data.counts import counts_table
-from cdr_dist.data.prepare import check, options_from_words, prepare
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from cdr_dist.data.prepare_options import describe_options
-from cdr_dist.errors import UserError
+from cdr_dist.jobs import run_job
 
 
-def main(words: list[str]) -> int:
-    """Exit code: 0 done, 2 the user's mistake (one line on stderr)."""
-    if "--help" in words or "-h" in words:
-        print(f"{__doc__}\nOptions, as name=value:\n{describe_options()}")
-        return 0
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("cdr_dist").setLevel(logging.INFO)  # the clients of object stores have much to say, too
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        options = options_from_words([word for word in words if word != "--check"])
-        manifest = check(options) if "--check" in words else prepare(options)
-    except UserError as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return 2
-    if "--check" in words:
-        print("the options and the inputs are in order" + ("" if manifest is None else "; the dataset is there"))
-    elif manifest is not None:
-        print(counts_table(manifest))
-    return 0
+def main(words: list[str]) -> None:
+    from cdr_dist.data.prepare_job import prepare_job
+
+    prepare_job([w for w in words if w != "--check"], only_check="--check" in words)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_job("prepare", __doc__, main, lambda: "Options, as name=value:\n" + describe_options()))

@@ -10,7 +10,9 @@ from pathlib import Path
 from cdr_dist.jobs import run_job
 
 _FORKS = mp.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.crashes", "cdr_dist.training.job", "cdr_dist.training.worker"])
+_FORKS.set_forkserver_preload(
+    ["tests.crashes", "cdr_dist.training.job", "cdr_dist.training.worker", "cdr_dist.data.prepare_job"]
+)
 KILLED = -9
 SECONDS = 120
 """A job that takes longer hangs."""

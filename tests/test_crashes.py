@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from cdr_dist.crash_points import EFFECTS
+from cdr_dist.data.dataset import read_manifest
+from cdr_dist.data.prepare_job import prepare_job
+from cdr_dist.data.shards import verify
 from cdr_dist.training.job import train_job
 from tests.crashes import KILLED, job
 from tests.datasets import rated, scratch
@@ -65,6 +68,51 @@ def test_killed_at_any_effect_the_run_recovers(effect, when, tmp_path):
     left = [p.name for p in run.rglob("*") if p.name.startswith(".") or p.name == "lease.json"]
     finished = effect in ("run.summary", "run.release")  # the next start had nothing to do, nor to clear away
     assert left == [] or finished
+
+
+LOGS = {"source": "s", "target": "t"}
+
+
+@functools.cache
+def logs():
+    folder = scratch() / "crash-logs"
+    folder.mkdir()
+    for name, letter in LOGS.items():
+        rows = (f"u{i * 7 % 40},{letter}{i * i % 31},{i},{1 + i * 3 % 5},c{i * i % 31 % 3}" for i in range(900))
+        (folder / f"{name}.csv").write_text("user_id,item_id,timestamp,rating,category\n" + "\n".join(rows) + "\n")
+    return folder
+
+
+@functools.cache
+def dataset():
+    """The checksum of a dataset that nothing disturbed."""
+    assert job("prepare", prepare_job, preparing(scratch() / "crash-out")) == 0
+    return read_manifest(str(scratch() / "crash-out")).checksum
+
+
+def preparing(out):
+    return [f"source={logs()}/source.csv", f"target={logs()}/target.csv", f"out={out}", "partitions=3"]
+
+
+PREPARING = [e for e in EFFECTS if e.startswith("prepare.") and e != "prepare.moved_file"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("effect", PREPARING)
+def test_prepare_killed_at_any_effect_starts_again(effect, when, tmp_path):
+    out, screen = tmp_path / "out", tmp_path / "screen"
+    count = {"prepare.spill": 5, "prepare.vocabulary": 3, "prepare.shard": 2}.get(effect, 1)
+    assert job("prepare", prepare_job, preparing(out), f"{effect}:{when}:{count}", screen) == KILLED
+    assert job("prepare", prepare_job, preparing(out), screen=screen) == 0, screen.read_text()
+    manifest = read_manifest(str(out))
+    assert manifest.checksum == dataset()
+    verify(str(out), manifest, how="checksum")
+    left = sorted(p.name for p in tmp_path.iterdir())
+    # Moved already, it is found in order, and nothing else is looked at.
+    assert left == ["out", "screen"] or (effect, when) in CLEARED_LATER
+
+
+CLEARED_LATER = [("prepare.move", "after"), ("prepare.clear", "before")]
 
 
 IN_RECOVERY = [

@@ -55,7 +55,12 @@ class LocalFiles:
 
     def rename(self, start: str, end: str) -> None:
         """Also over an empty folder."""
-        within_deadline(lambda: os.rename(start, end))
+
+        def rename() -> None:
+            os.rename(start, end)
+            _sync_folder(os.path.dirname(end))
+
+        within_deadline(rename)
 
     def upload(self, path: str, durable: bool) -> LocalUpload:
         return LocalUpload(path, durable)

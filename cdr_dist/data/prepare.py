@@ -24,6 +24,7 @@ from typing import Any
 
 import polars as pl
 
+from cdr_dist.crash_points import durable
 from cdr_dist.data import examples, interactions, partitions, shuffle, spill, storage, vocabularies
 from cdr_dist.data.dataset import FIRST_ID, POSITIVES, SPLITS, Manifest, Shard, read_manifest
 from cdr_dist.data.partitions import Partition, PartitionCounts
@@ -75,12 +76,14 @@ def prepare(options: PrepareOptions) -> Manifest:
     try:
         storage.check_writable(work, options.out)
         manifest = _prepare(options, inputs, work)
-        storage.move_folder(storage.join(work, "dataset"), options.out.rstrip("/"), last="manifest.json")
+        with durable("prepare.move"):
+            storage.move_folder(storage.join(work, "dataset"), options.out.rstrip("/"), last="manifest.json")
     except BaseException:
         with suppress(UserError):  # what went wrong first counts
             storage.remove_folder(work, tries=1)
         raise
-    storage.remove_folder(work)
+    with durable("prepare.clear"):
+        storage.remove_folder(work)
     return manifest
 
 
@@ -112,6 +115,8 @@ def _existing(options: PrepareOptions, inputs: Inputs) -> Manifest | None:
     if storage.is_empty(options.out):
         return None
     if not storage.exists(storage.join(options.out, "manifest.json")):
+        if not storage.is_local(options.out) and storage.names(_work_folder(options, inputs)):
+            return None  # killed while it moved the dataset, file by file: the same names get the same bytes again
         raise UserError(f"{options.out}: exists and is not a dataset; choose another out=")
     manifest = read_manifest(options.out)
     wanted = _recorded(options, inputs)
@@ -143,7 +148,8 @@ def _prepare(options: PrepareOptions, inputs: Inputs, work: str) -> Manifest:
         folder = storage.join(work, "dataset")
         written = _write_shards(folder, buckets, built, options.workers)
         manifest = _manifest(options, inputs, counted, built, written, _write_vocabularies(folder, users, items))
-        storage.write_bytes(storage.join(folder, "manifest.json"), manifest.to_json().encode())
+        with durable("prepare.manifest"):
+            storage.write_bytes(storage.join(folder, "manifest.json"), manifest.to_json().encode())
     return manifest
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cdr_dist.crash_points import durable
 from cdr_dist.data import hashing, spill, storage
 from cdr_dist.data.dataset import EXAMPLE_SCHEMA, ROW_GROUP_ROWS, SPLITS, Shard
 
@@ -81,7 +82,7 @@ def shard_path(split: int, number: int) -> str:
 def write_groups(folder: str, path: str, groups: Iterable[pa.Table], schema: pa.Schema = EXAMPLE_SCHEMA) -> Shard:
     """Writes a Parquet file with a row group for each table."""
     rows = []
-    with storage.open_output(storage.join(folder, path)) as file:
+    with durable("prepare.shard"), storage.open_output(storage.join(folder, path)) as file:
         hashed = _Hashed(file)
         # Shuffled ids repeat too little for dictionaries: without them a shard is smaller and written twice as fast.
         with pq.ParquetWriter(hashed, schema, compression="zstd", use_dictionary=False) as writer:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from cdr_dist.crash_points import durable
 from cdr_dist.data import storage
 
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
@@ -22,6 +23,7 @@ def write(uri: str, table: pa.Table, bucket: np.ndarray, buckets: int) -> str:
     ends = np.searchsorted(bucket[order], np.arange(buckets + 1))
     rows = table.take(pa.array(order)).combine_chunks()
     with (
+        durable("prepare.spill"),
         storage.open_output(uri, durable=False) as file,
         pa.ipc.new_file(file, table.schema, options=_OPTIONS) as writer,
     ):

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
+from cdr_dist.crash_points import durable
 from cdr_dist.data.local_files import LocalFiles
 from cdr_dist.data.retries import StorageError, naming, options, retried, use
 from cdr_dist.errors import UserError
@@ -292,7 +293,8 @@ def move_folder(start: str, end: str, last: str) -> None:
     found = retried(lambda: place.files(source), start, "list", place.curable)
     for path in sorted(found, key=lambda path: (path.endswith("/" + last), path)):
         copy = functools.partial(place.copy, path, destination + path.removeprefix(source))
-        retried(copy, place.uri(path), "write", place.curable)
+        with durable("prepare.moved_file"):
+            retried(copy, place.uri(path), "write", place.curable)
     remove_folder(start)
 
 

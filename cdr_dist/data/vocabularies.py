@@ -10,6 +10,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cdr_dist.crash_points import durable
 from cdr_dist.data import partitions, spill, storage
 from cdr_dist.data.dataset import FIRST_ID, ITEM_VOCAB_SCHEMA, UNKNOWN, VOCAB_SCHEMA, Shard
 from cdr_dist.data.partitions import Partition
@@ -90,7 +91,8 @@ def write_vocabulary(folder: str, name: str, rows: pl.DataFrame, key: str) -> Sh
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", row_group_size=1 << 20)
     path = f"vocab/{name}.parquet"
-    storage.write_bytes(storage.join(folder, path), sink.getvalue())
+    with durable("prepare.vocabulary"):
+        storage.write_bytes(storage.join(folder, path), sink.getvalue())
     groups = pq.ParquetFile(pa.BufferReader(sink.getvalue())).metadata
     rows_of_groups = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
     return Shard(path, table.num_rows, rows_of_groups, len(sink.getvalue()), storage.sha256(sink.getvalue()))
