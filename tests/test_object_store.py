@@ -74,6 +74,7 @@ def make_bucket():
 @pytest.fixture
 def store(proxy):
     """The proxy without a fault, and short deadlines."""
+    rated()  # made by prepare, with storage options of its own
     before = storage.options()
     proxy.reset()
     storage.use(QUICK)
