@@ -155,7 +155,9 @@ class ShardedTables:
         else:
             every = out.new_zeros(taken.numel(), out.shape[1]).index_copy(0, taken.flatten().nonzero().squeeze(1), out)
             by_table = every.view(len(self._names), longest, -1).unbind(0)
-        return {name: rows[: len(ids[name])] for name, rows in zip(self._names, by_table, strict=True) if name in ids}
+        found = {name: rows for name, rows in zip(self._names, by_table, strict=True) if name in ids}
+        # A slice of all rows would cost a copy in the backward pass.
+        return {name: rows if len(ids[name]) == longest else rows[: len(ids[name])] for name, rows in found.items()}
 
     def _own_values(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {

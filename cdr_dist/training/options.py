@@ -63,10 +63,12 @@ class BatchConfig(BatchOptions):
 
     size: int = 256
     """Target rows of the global batch, negatives included."""
+    accumulate: int = 1
+    """Parts that a worker computes its rows of a lower step in, one after another: the same step in less memory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("batch", self, 1, "size")
+        at_least("batch", self, 1, "size", "accumulate")
 
 
 @dataclass
