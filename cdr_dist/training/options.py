@@ -185,6 +185,9 @@ class TrainerOptions:
     log_every: int = 100
     max_failures: int = 2
     """Lost workers that a run survives by starting again from its newest complete checkpoint."""
+    memory_gb: float = 0.0
+    """GiB of main memory that a worker may take; 0: what is free, shared among the workers of a machine. A run that
+    needs more is refused before it starts."""
     verify: str = "auto"
     """Shards are checked by checksum, size, or auto (checksum up to 1 GiB)."""
     max_unknown: float = 0.05
@@ -195,4 +198,6 @@ class TrainerOptions:
         one_of("trainer.checkpoint", self.checkpoint, ("background", "in_place"))
         one_of("trainer.verify", self.verify, ("auto", "checksum", "size"))
         at_least("trainer", self, 1, "epochs", "threads", "keep", "log_every")
-        at_least("trainer", self, 0, "workers", "max_steps", "checkpoint_every", "max_failures", "max_unknown")
+        at_least(
+            "trainer", self, 0, "workers", "max_steps", "checkpoint_every", "max_failures", "max_unknown", "memory_gb"
+        )
