@@ -295,7 +295,8 @@ def test_an_upper_update_that_is_not_finite(job):
 def test_check_says_what_would_be_trained_and_starts_nothing(job):
     code, out, lines = job(*words(rated(), "run", "recipe=biao", "trainer.workers=2"), check=True)
     assert (code, lines) == (0, [])
-    assert out == f"ok: biao on {rated()}: 1200 training rows, tables 0.0 MiB over 2 worker(s)\n"
+    start = f"ok: biao on {rated()}: 1200 training rows; each of 2 worker(s) needs 0.80 GiB (tables 0.00 GiB, "
+    assert out == start + "checkpoint copy 0.00 GiB, process 0.80 GiB)\n"
     assert files(".") == {}
     assert job("data=demo", check=True)[:2] == (0, "ok: biao on demo, which is written on first use\n")
     assert files(".") == {}

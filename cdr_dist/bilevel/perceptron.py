@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -78,6 +78,28 @@ class PerceptronInput:
     history: Mapping[str, Tensor]
     position: Mapping[str, Tensor]
     lengths: Mapping[str, Tensor]
+
+    def parts(self, count: int) -> Iterator[PerceptronInput]:
+        """`count` parts (or as many as there are histories) of consecutive items, each with only the rows it needs."""
+        histories = len(self.lengths[HISTORIES[0]])
+        size = -(-histories // max(1, min(count, histories)))
+        if size >= histories:
+            yield self
+            return
+        copies = len(self.item) // histories
+        for start in range(0, histories, size):
+            stop = min(start + size, histories)
+            yield PerceptronInput(self.item[start * copies : stop * copies], *self._histories(start, stop))
+
+    def _histories(self, start: int, stop: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        history, position, lengths = {}, {}, {}
+        for d in HISTORIES:
+            lengths[d] = self.lengths[d][start:stop]
+            first = int(self.lengths[d][:start].sum())
+            some = self.position[d][first : first + int(lengths[d].sum())]
+            used, position[d] = torch.unique(some, return_inverse=True)
+            history[d] = self.history[d].index_select(0, used)
+        return history, position, lengths
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from torchrec.distributed import comm_ops
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_configs import EmbeddingConfig
@@ -57,14 +58,17 @@ class _Holder(nn.Module):
 class ShardedTables:
     """The tables of a model over all workers. Every worker makes the same calls in the same order."""
 
-    def __init__(self, specs: list[TableSpec], options: TableOptions, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, specs: list[TableSpec], options: TableOptions, seed: int, device: torch.device, memory: int = 0
+    ) -> None:
+        """memory: bytes that the planner may give a worker's tables; 0: what TorchRec assumes of a machine."""
         if options.optimiser == "adam" and device.type == "cpu":
             raise UserError("tables.optimiser=adam: FBGEMM has no Adam on CPU; use rowwise_adagrad, adagrad or sgd")
         self.specs = {spec.name: spec for spec in specs}
         self.device = device
         # Losses are divided by the global batch size, so gradients are summed over workers, not averaged.
         comm_ops.set_gradient_division(False)
-        self.collection = _shard(specs, options, device)
+        self.collection = _shard(specs, options, device, memory)
         (self._kernel,) = _kernels(self.collection)
         # The pooled kernel of a CPU is twice as fast and leaves weight decay out without a word.
         self._pooled = not options.weight_decay or device.type != "cpu"
@@ -155,7 +159,9 @@ class ShardedTables:
         else:
             every = out.new_zeros(taken.numel(), out.shape[1]).index_copy(0, taken.flatten().nonzero().squeeze(1), out)
             by_table = every.view(len(self._names), longest, -1).unbind(0)
-        return {name: rows[: len(ids[name])] for name, rows in zip(self._names, by_table, strict=True) if name in ids}
+        found = {name: rows for name, rows in zip(self._names, by_table, strict=True) if name in ids}
+        # A slice of all rows would cost a copy in the backward pass.
+        return {name: rows if len(ids[name]) == longest else rows[: len(ids[name])] for name, rows in found.items()}
 
     def _own_values(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -187,7 +193,9 @@ class _ToAskers(torch.autograd.Function):
         return None, None, None, *back.values()
 
 
-def _shard(specs: list[TableSpec], options: TableOptions, device: torch.device) -> ShardedEmbeddingCollection:
+def _shard(
+    specs: list[TableSpec], options: TableOptions, device: torch.device, memory: int
+) -> ShardedEmbeddingCollection:
     collection = EmbeddingCollection(
         tables=[
             EmbeddingConfig(name=s.name, num_embeddings=s.padded_rows, embedding_dim=s.width, feature_names=[s.name])
@@ -196,7 +204,7 @@ def _shard(specs: list[TableSpec], options: TableOptions, device: torch.device) 
         device=torch.device("meta"),
     )
     sharder = EmbeddingCollectionSharder(fused_params=_fused(options))
-    plan = plan_tables(_Holder(collection), [s.name for s in specs], world_size(), device)
+    plan = plan_tables(_Holder(collection), [s.name for s in specs], world_size(), device, memory)
     module_plan = plan.plan["tables"]
     group = dist.group.WORLD
     return sharder.shard(collection, module_plan, ShardingEnv.from_process_group(group), device=device)
@@ -205,17 +213,19 @@ def _shard(specs: list[TableSpec], options: TableOptions, device: torch.device) 
 def _fused(options: TableOptions) -> dict[str, Any]:
     """What the fused optimiser takes. FBGEMM ignores a weight decay that comes without its mode."""
     decay = {"weight_decay": options.weight_decay, "weight_decay_mode": WeightDecayMode.DECOUPLE}
-    return {"optimizer": _OPTIMISERS[options.optimiser], "learning_rate": options.lr} | (
-        decay if options.weight_decay else {}
-    )
+    own = {"optimizer": _OPTIMISERS[options.optimiser], "learning_rate": options.lr}
+    return own | decay if options.weight_decay else own
 
 
-def plan_tables(holder: nn.Module, names: list[str], workers: int, device: torch.device) -> Any:
+def plan_tables(holder: nn.Module, names: list[str], workers: int, device: torch.device, memory: int) -> Any:
     """The planner's row-wise plan. Every worker computes it: inside a collective one failure would hang the rest."""
     constraints = {name: ParameterConstraints(sharding_types=["row_wise"], compute_kernels=["fused"]) for name in names}
     local = int(os.environ.get("LOCAL_WORLD_SIZE", workers))
-    topology = Topology(world_size=workers, local_world_size=min(local, workers), compute_device=device.type)
-    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
+    cap = {} if not memory else {"ddr_cap" if device.type == "cpu" else "hbm_cap": memory}
+    topology = Topology(world_size=workers, local_world_size=min(local, workers), compute_device=device.type, **cap)
+    # Whether a worker fits with all that it needs besides is checked elsewhere: the planner keeps nothing back.
+    reserved = FixedPercentageStorageReservation(0.0) if memory else None
+    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints, storage_reservation=reserved)
     try:
         return planner.plan(holder, [EmbeddingCollectionSharder()])
     except PlannerError as error:

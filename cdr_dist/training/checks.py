@@ -1,11 +1,10 @@
-"""What can be found before a run starts: options that contradict the dataset or one another, memory."""
+"""What can be found before a run starts: options that contradict the dataset or one another."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-import psutil
 import torch
 from hydra.utils import instantiate
 
@@ -38,7 +37,6 @@ def check_before_start(config: TrainConfig, folder: str) -> Manifest:
     if not config.recipe.phases:
         raise UserError(f"recipe={config.recipe.name}: has no phases")
     _check_model(config)
-    _check_memory(config, table_bytes(config, manifest))
     return manifest
 
 
@@ -158,16 +156,6 @@ def check_dataset(config: TrainConfig, manifest: Manifest) -> None:
         raise UserError(f"{config.data}: no training rows")
 
 
-def table_bytes(config: TrainConfig, manifest: Manifest) -> int:
-    """Rows and fused optimiser state, all workers together."""
-    state = {"rowwise_adagrad": 4, "sgd": 0}
-    total = 0
-    for spec in table_specs(config, manifest, build_model(config)):
-        per_row = state.get(config.tables.optimiser, 4 * spec.width * (2 if config.tables.optimiser == "adam" else 1))
-        total += spec.padded_rows * (4 * spec.width + per_row)
-    return total
-
-
 def most_steps(config: TrainConfig, manifest: Manifest) -> int:
     """Lower updates of a run that is not stopped early."""
     epochs = max(phase.epochs or config.trainer.epochs for phase in config.recipe.phases)
@@ -202,9 +190,3 @@ def _check_metric(config: TrainConfig, manifest: Manifest) -> None:
         raise UserError(f"evaluation.metric={metric}: choose {', '.join(METRICS)}, hr@K, ndcg@K or mrr@K")
     if int(ranked[1]) not in ks:
         raise UserError(f"evaluation.metric={metric}: needs evaluation.ks=[{ranked[1]}]")
-
-
-def _check_memory(config: TrainConfig, needed: int) -> None:
-    free = psutil.virtual_memory().available
-    if config.trainer.device == "cpu" and needed > free and config.trainer.workers < 2:
-        raise UserError(f"the tables need {needed / 2**30:.1f} GiB, this machine has {free / 2**30:.1f} GiB free")

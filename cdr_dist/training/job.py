@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from cdr_dist.configuration import TrainConfig, from_words
@@ -9,8 +10,9 @@ from cdr_dist.data import storage
 from cdr_dist.data.demo import DEMO, dataset_of, is_written
 from cdr_dist.data.shards import verify
 from cdr_dist.training.checkpoint import newest
-from cdr_dist.training.checks import build_updates, check_before_start, check_updates, table_bytes
-from cdr_dist.training.launch import quiet_libraries, train
+from cdr_dist.training.checks import build_updates, check_before_start, check_updates
+from cdr_dist.training.launch import cluster, quiet_libraries, train
+from cdr_dist.training.memory import check_memory, check_memory_of_cluster
 from cdr_dist.training.run_folder import RunFolder
 from cdr_dist.training.start_vectors import check_start_files
 
@@ -48,7 +50,11 @@ def check_run(config: TrainConfig) -> str:
     if newest(place.checkpoints) is None:
         check_start_files(config, manifest)
     verify(folder, manifest, how=config.trainer.verify)
+    needed = check_memory(config, manifest)
+    if config.trainer.workers and os.environ.get("RAY_ADDRESS"):
+        with cluster(config.trainer.workers):
+            check_memory_of_cluster(config, manifest)
     return (
-        f"ok: {config.recipe.name} on {config.data}: {manifest.examples('train')} training rows, tables "
-        f"{table_bytes(config, manifest) / 2**20:.1f} MiB over {max(config.trainer.workers, 1)} worker(s)"
+        f"ok: {config.recipe.name} on {config.data}: {manifest.examples('train')} training rows; each of "
+        f"{max(config.trainer.workers, 1)} worker(s) needs {needed}"
     )

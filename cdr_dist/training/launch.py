@@ -17,11 +17,13 @@ import torch.distributed as dist
 
 from cdr_dist.configuration import TrainConfig, from_yaml, to_yaml
 from cdr_dist.data import storage
+from cdr_dist.data.dataset import read_manifest
 from cdr_dist.errors import STOPPED, Stopped, UserError
 from cdr_dist.training.checkpoint import newest
 from cdr_dist.training.checks import check_before_start, most_steps
 from cdr_dist.training.console import Console
 from cdr_dist.training.lease import Lease
+from cdr_dist.training.memory import check_memory, check_memory_of_cluster
 from cdr_dist.training.run_folder import RunFolder
 from cdr_dist.training.start_vectors import check_start_files
 
@@ -37,6 +39,7 @@ def train(config: TrainConfig, folder: str, quiet: bool = False) -> dict[str, An
     done = place.summary()
     if done is not None and place.config().trainer.max_steps == config.trainer.max_steps:
         return done
+    check_memory(config, manifest)
     with Lease(place.uri) as lease:
         result, told = _train(config, folder, place, lease.token, most_steps(config, manifest), quiet)
     if result == STOPPED:
@@ -120,6 +123,7 @@ def _on_ray(config: TrainConfig, folder: str, place: RunFolder, token: str, told
 
     lost = 0
     with cluster(config.trainer.workers), stopped_by_signals(place, told):  # in this order: Ray sets its own
+        check_memory_of_cluster(config, read_manifest(folder))
         while True:
             try:
                 return _trainer(config, folder, place, token).fit().return_value

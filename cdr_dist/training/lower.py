@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from cdr_dist.data.batch import Batch
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
 from cdr_dist.models.protocol import cross_entropy
 from cdr_dist.profiling import span
+from cdr_dist.training.accumulation import Part, backward_in_parts
 from cdr_dist.training.weighting import Weighting
 
 if TYPE_CHECKING:
@@ -38,23 +42,55 @@ class Lower:
         batch = s.counted(s.lower.next().batch)
         with span("lower forward"):
             rows = s.tables.rows(ids_by_table(batch.train, s.features))
-            embedded = rows_by_feature(rows, batch.train, s.features)
-            output = s.model(embedded, batch)
-            target, source = s.model.losses(output, batch)
-            target_loss = (batch.weight * target).sum() / batch.global_rows
-        with span("lower weights"):
-            weights = None if source is None else self._weighting.weights(batch, embedded)
-        source_loss = target_loss.new_zeros(()) if weights is None else (weights * source).sum()
-        total = target_loss + source_loss
-        if self._head is not None:
-            logit = self._head(output.target_features.detach()).squeeze(1)
-            total = total + (batch.weight * cross_entropy(logit, batch.label)).sum() / batch.global_rows
-        with span("lower backward"):
-            total.backward()
+        if s.config.batch.accumulate > 1:
+            _, target_loss, source_loss = self._in_parts(batch, rows)
+        else:
+            _, target_loss, source_loss = self._at_once(batch, rows)
         s.passes["lower"] += 1
         told = torch.tensor(float(stop_wanted))
         loss, source_part, stop = s.dense_step([target_loss, source_loss, told])
         found = {"loss": loss + source_part, "target_loss": loss, "stop": stop}
-        if weights is not None:
+        if self._weighted:
             found["source_loss"] = source_part
         return found
+
+    def _at_once(self, batch: Batch, rows: Mapping[str, Tensor]) -> list[Tensor]:
+        embedded = rows_by_feature(rows, batch.train, self._session.features)
+        found = self._losses(embedded, batch, self._weights(batch, embedded), batch.global_rows)
+        with span("lower backward"):
+            found[0].backward()
+        return found
+
+    def _in_parts(self, batch: Batch, rows: Mapping[str, Tensor]) -> list[Tensor]:
+        s = self._session
+        with span("lower backward"):
+            return backward_in_parts(
+                rows,
+                batch,
+                s.features,
+                lambda embedded: self._weights(batch, embedded),
+                lambda embedded, part, weights: self._losses(embedded, part, weights, batch.global_rows),
+                s.config.batch.accumulate,
+            )
+
+    def _weights(self, batch: Batch, embedded: Mapping[str, Tensor]) -> Tensor | None:
+        with span("lower weights"):
+            weights = self._weighting.weights(batch, embedded)
+        self._weighted = weights is not None
+        return weights
+
+    def _losses(
+        self, embedded: Mapping[str, Tensor], rows: Batch | Part, weights: Tensor | None, global_rows: int
+    ) -> list[Tensor]:
+        """What is differentiated, the target loss in it, and the source loss in it."""
+        s = self._session
+        with span("lower forward"):
+            output = s.model(embedded, rows)
+            target, source = s.model.losses(output, rows)
+        target_loss = (rows.weight * target).sum() / global_rows
+        source_loss = target_loss.new_zeros(()) if weights is None or source is None else (weights * source).sum()
+        total = target_loss + source_loss
+        if self._head is not None:
+            logit = self._head(output.target_features.detach()).squeeze(1)
+            total = total + (rows.weight * cross_entropy(logit, rows.label)).sum() / global_rows
+        return [total, target_loss, source_loss]

@@ -63,10 +63,12 @@ class BatchConfig(BatchOptions):
 
     size: int = 256
     """Target rows of the global batch, negatives included."""
+    accumulate: int = 1
+    """Parts that a worker computes its rows of a lower step in, one after another: the same step in less memory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("batch", self, 1, "size")
+        at_least("batch", self, 1, "size", "accumulate")
 
 
 @dataclass
@@ -187,6 +189,9 @@ class TrainerOptions:
     """Seconds that a worker waits for another one, after which that one counts as lost."""
     compare_every: int = 500
     """Lower steps between comparisons of the workers' copies of the dense parameters; 0: never."""
+    memory_gb: float = 0.0
+    """GiB of main memory that a worker may take; 0: what is free, shared among the workers of a machine. A run that
+    needs more is refused before it starts."""
     verify: str = "auto"
     """Shards are checked by checksum, size, or auto (checksum up to 1 GiB)."""
     max_unknown: float = 0.05
@@ -207,4 +212,5 @@ class TrainerOptions:
             "max_failures",
             "max_unknown",
             "compare_every",
+            "memory_gb",
         )

@@ -23,7 +23,8 @@ from cdr_dist.training.lease import FILE as LEASE
 
 FREE = ("trainer.workers", "trainer.max_steps", "trainer.log_every", "trainer.checkpoint_every", "trainer.keep", "run")
 """What may differ when a run is continued (and max_steps only upwards)."""
-FREE_TOO = ("trainer.max_failures", "trainer.verify", "trainer.checkpoint", "trainer.hang_s", "trainer.compare_every")
+FREE_TOO = tuple(f"trainer.{name}" for name in ("max_failures", "verify", "checkpoint", "hang_s", "compare_every"))
+FREE_ALSO = ("trainer.memory_gb", "batch.accumulate")
 SCORES = "scores_test.parquet"
 """Every row of the test split as the best checkpoint scores it: user, example, label, score."""
 METRICS, SUMMARY, CONFIG, STOP = "metrics.jsonl", "summary.json", "config.yaml", "stop"
@@ -155,7 +156,7 @@ class RunFolder:
         return storage.exists(self.file(STOP))
 
     def _check_same(self, before: TrainConfig, now: TrainConfig) -> None:
-        changed = configuration.differences(before, now, FREE + FREE_TOO)
+        changed = configuration.differences(before, now, FREE + FREE_TOO + FREE_ALSO)
         # What follows from another option is not worth a screen of it.
         changed = [c for c in changed if not c.startswith("recipe.phases:")] or changed
         old, new = before.trainer.max_steps, now.trainer.max_steps

@@ -31,9 +31,9 @@ _UPPER: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "ada
 
 
 class Session:
-    """Built once on every worker; updates bind to it."""
+    """Built once on every worker; updates bind to it. memory: bytes for the tables; 0: as the planner assumes."""
 
-    def __init__(self, config: TrainConfig, folder: str, updates: Sequence[Any] = ()) -> None:
+    def __init__(self, config: TrainConfig, folder: str, updates: Sequence[Any] = (), memory: int = 0) -> None:
         self.config, self.folder = config, folder
         self.rank, self.workers = rank(), world_size()
         self.device = torch.device(config.trainer.device)
@@ -49,7 +49,7 @@ class Session:
         initialise_dense(self.model, config.seed)
         self.features = self.model.spec().features
         specs = table_specs(config, self.manifest, self.model)
-        self.tables = ShardedTables(specs, config.tables, config.seed, self.device)
+        self.tables = ShardedTables(specs, config.tables, config.seed, self.device, memory)
         self.builder = BatchBuilder(
             folder, self.manifest, config.batch, config.seed, source=config.recipe.source, histories=learned
         )

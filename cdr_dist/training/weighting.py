@@ -82,10 +82,12 @@ class Learned:
         assert session.perceptron is not None
         self._perceptron, self._tables = session.perceptron, session.tables
         self._features = session.features
+        self._parts = session.config.batch.accumulate
 
     def weights(self, batch: Batch, embedded: Mapping[str, Tensor]) -> Tensor | None:
         flows = self._perceptron.options.item_gradient
         # As released, the item that enters the global part takes a gradient, the perceptron's parameters never do.
         with nullcontext() if flows else torch.no_grad():
             seen = perceptron_input(self._tables, self._features, batch.read, embedded, flows)
-            return normalised(self._perceptron(seen), batch.source_valid, self._perceptron.gamma)
+            score = torch.cat([self._perceptron(part) for part in seen.parts(1 if flows else self._parts)])
+            return normalised(score, batch.source_valid, self._perceptron.gamma)

@@ -15,6 +15,7 @@ import torch
 from cdr_dist.configuration import TrainConfig
 from cdr_dist.crash_points import durable
 from cdr_dist.data import storage
+from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.shards import verify
 from cdr_dist.embeddings.workers import rank, world_size
 from cdr_dist.errors import STOPPED, UserError
@@ -25,6 +26,7 @@ from cdr_dist.training.digest import parameters_sha256
 from cdr_dist.training.evaluate import evaluate
 from cdr_dist.training.learned_weights import against_truth, weights_by_category
 from cdr_dist.training.loop import Loop, Phase
+from cdr_dist.training.memory import check_memory_here
 from cdr_dist.training.run_folder import SCORES, RunFolder
 from cdr_dist.training.session import Session
 from cdr_dist.training.start_vectors import start_from_vectors
@@ -39,7 +41,8 @@ def work(config: TrainConfig, folder: str, run: str, token: str = "") -> dict[st
     """
     torch.set_num_threads(config.trainer.threads)
     phases = phases_of(config)
-    session = Session(config, folder, [update for phase in phases for update in phase.cycle])
+    memory = check_memory_here(config, read_manifest(folder))
+    session = Session(config, folder, [update for phase in phases for update in phase.cycle], memory)
     verify(folder, session.manifest, session.rank, session.workers, config.trainer.verify)
     place = RunFolder(run)
     watcher = Recorder(place, config.trainer.log_every) if session.rank == 0 else Silent()
