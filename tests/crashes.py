@@ -20,7 +20,10 @@ SECONDS = 120
 
 def job(name, main, given, crash="", screen="/dev/null"):
     """The exit code of `jobs/NAME.py WORDS`; crash: the point where it dies, as CDR_CRASH says it."""
-    process = _FORKS.Process(target=_run, args=(name, main, list(map(str, given)), crash, str(screen)))
+    stores = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    process = _FORKS.Process(
+        target=_run, args=(name, main, list(map(str, given)), stores | {"CDR_CRASH": crash}, str(screen))
+    )
     process.start()
     process.join(SECONDS)
     if process.is_alive():
@@ -30,8 +33,8 @@ def job(name, main, given, crash="", screen="/dev/null"):
     return process.exitcode
 
 
-def _run(name, main, given, crash, screen):
-    os.environ["CDR_CRASH"] = crash
+def _run(name, main, given, surroundings, screen):
+    os.environ.update(surroundings)
     with Path(screen).open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

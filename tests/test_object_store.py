@@ -22,13 +22,21 @@ from cdr_dist.data import object_store, storage
 from cdr_dist.data.dataset import SPLITS, read_manifest
 from cdr_dist.data.options import StorageOptions
 from cdr_dist.data.prepare import options_from_words, prepare
+from cdr_dist.data.prepare_job import prepare_job
 from cdr_dist.data.replicas import Replicas
 from cdr_dist.data.shards import ShardReader, verify
 from cdr_dist.errors import UserError
+from cdr_dist.training import lease
+from cdr_dist.training.checkpoint import newest
+from cdr_dist.training.evaluation_job import evaluate_run
 from cdr_dist.training.job import train_job
+from cdr_dist.training.lease import Lease
+from cdr_dist.training.run_folder import RunFolder
+from tests.crashes import KILLED as KILLED_BY
+from tests.crashes import job
 from tests.datasets import USERS, rated, scratch
 from tests.faulty_store import FaultyStore, seeded
-from tests.runs import summary, train, words
+from tests.runs import KILLED, summary, train, words
 
 ROOT = Path(__file__).parents[1]
 SECRET = "planted/secret+0123456789"
@@ -518,3 +526,54 @@ def test_a_damaged_list_of_replicas_is_named(content, tmp_path):
     (tmp_path / "replicas.json").write_text(content)
     with pytest.raises(UserError, match=f"^{tmp_path}/replicas.json: "):
         Replicas(str(tmp_path), None)  # type: ignore[arg-type]
+
+
+# ---- runs, and a kill in the middle of a move -----------------------------------------------------------------------
+
+
+def test_a_run_in_the_store_killed_and_resumed_ends_as_a_local_one(store, s3, tmp_path):
+    more = ("recipe=biao", "upper.interval=4", "trainer.max_steps=20")
+    train(words(rated(), tmp_path / "local", *more))
+    store.plan = seeded(8, FAST_FAULTS, most=1)
+    run = storage.join(s3, "run")
+    given = words(rated(), run, *more, *QUICK_WORDS)
+    assert train([*given, "trainer.checkpoint_every=6"], killed_after=15) == [KILLED]
+    assert newest(storage.join(run, "checkpoints")).step == 12
+    train(given)
+    there, local = RunFolder(run), RunFolder(str(tmp_path / "local"))
+    for key in ("parameters_sha256", "metrics", "best", "steps", "upper_steps"):
+        assert there.summary()[key] == local.summary()[key], key
+    assert [timeless(line) for line in there.lines()] == [timeless(line) for line in local.lines()]
+    assert any(name.startswith("events.") for name in storage.names(there.file("tensorboard")))
+    assert sum(request.times > 0 for request in store.seen) > 20
+    step, found = evaluate_run(run, "test")
+    assert (step, found["auc"]) == (local.summary()["best"]["step"], local.summary()["metrics"]["test"]["auc"])
+
+
+def timeless(line):
+    """Of metrics.jsonl; the mean of the training losses is over fewer steps after a resume."""
+    return {k: v for k, v in line.items() if k != "time" and (k != "values" or line["split"] != "train")}
+
+
+def test_two_jobs_on_one_run_in_the_store(store, s3, monkeypatch):
+    monkeypatch.setattr(lease, "PATIENCE_S", 2.5)
+    with Lease(s3) as first:
+        lease.check(storage.join(s3, lease.FILE), first.token)
+        with pytest.raises(UserError, match="another job has taken this run over"):
+            lease.check(storage.join(s3, lease.FILE), "other")
+    assert storage.names(s3) == []
+
+
+def test_prepare_killed_while_it_moves_its_files_goes_on(store, s3, tmp_path):
+    logs = [f"{role}={scratch() / 'rated-logs' / role}.parquet" for role in ("source", "target")]
+    out = storage.join(s3, "dataset")
+    given = [*logs, f"out={out}", f"rows_per_shard={USERS}", "seed=8", *QUICK_WORDS]
+    assert job("prepare", prepare_job, given, "prepare.moved_file:after:3") == KILLED_BY
+    assert storage.names(s3) != ["dataset"]
+    assert not storage.exists(storage.join(out, "manifest.json"))
+    screen = tmp_path / "screen"
+    assert job("prepare", prepare_job, given, screen=screen) == 0, screen.read_text()
+    verify(out, read_manifest(out), how="checksum")
+    assert storage.names(s3) == ["dataset"]
+    local = read_manifest(str(rated()))
+    assert [s.sha256 for s in read_manifest(out).shards["train"]] == [s.sha256 for s in local.shards["train"]]
