@@ -3,7 +3,7 @@
 export ACCEL ?= cpu
 python = .venv/bin/python
 
-.PHONY: setup train test test-s3 lint lock bench-check
+.PHONY: setup train test test-s3 lint lock bench-check mutants
 setup:
 	@tools/setup.sh
 train: setup
@@ -14,6 +14,8 @@ lint: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 bench-check: setup
 	@$(python) tools/bench_check.py
+mutants: setup
+	@$(python) tools/mutants.py
 lock: setup
 	@tools/lock.sh
 test-s3: setup
