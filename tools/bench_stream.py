@@ -9,6 +9,7 @@ import socket
 import time
 from contextlib import ExitStack, closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -58,14 +59,22 @@ def case(quick: bool, place: str, recipe: str, batch: int, held: ExitStack) -> C
     def scan() -> None:
         seen = 0
         for shard in shards:
-            fs, path = storage.locate(storage.join(folder, shard))
-            with fs.open(path, "rb") as file:
+            with _opened(storage.join(folder, shard)) as file:
                 for rows_of in pq.ParquetFile(file, pre_buffer=True).iter_batches(columns=columns, use_threads=False):
                     seen += len(rows_of)
         assert seen == rows
 
     units = (steps * batch / 1000, rows / 1000)
     return Case(0.6, ours, scan, unit="1,000 rows", units=units, rounds=5)
+
+
+def _opened(uri: str) -> Any:
+    """Without the deadlines and tries of ours."""
+    if storage.is_local(uri):
+        return Path(uri).open("rb")
+    import s3fs
+
+    return s3fs.S3FileSystem().open(uri, "rb")
 
 
 def _uploaded(folder: str, held: ExitStack) -> str:
