@@ -16,12 +16,21 @@ import pytest
 
 from cdr_dist.data import prepare as prepare_module
 from cdr_dist.data.prepare import options_from_words, prepare
+from cdr_dist.data.prepare_options import describe_options
 from cdr_dist.errors import UserError
+from cdr_dist.jobs import run_job
 
 ROOT = Path(__file__).parents[1]
 HEADER = "user_id\titem_id\ttimestamp\trating\n"
 WORDS = ["source=s.tsv", "target=t.tsv", "out=out"]
 GOOD = HEADER + "".join(f"u\ti{n}\t{n}\t5\n" for n in range(4))
+
+
+def exit_code(job, words):
+    """As `python jobs/prepare.py WORDS` ends."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["prepare.py", *words])
+        return run_job("prepare", job.__doc__, job.main, lambda: "Options, as name=value:\n" + describe_options())
 
 
 @pytest.fixture
@@ -242,16 +251,16 @@ def test_what_a_killed_run_left_does_no_harm(folder: Path, monkeypatch: pytest.M
 
 
 def test_check_starts_nothing(folder: Path, job: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert job.main([*WORDS, "--check"]) == 0
+    assert exit_code(job, [*WORDS, "--check"]) == 0
     assert capsys.readouterr().out == "the options and the inputs are in order\n"
     assert sorted(path.name for path in folder.iterdir()) == ["s.tsv", "t.tsv"]
-    assert job.main([*WORDS, "columns.user=uid", "--check"]) == 2
+    assert exit_code(job, [*WORDS, "columns.user=uid", "--check"]) == 2
     message = "prepare: s.tsv: no column 'uid' (columns.user=); found: user_id, item_id, timestamp, rating\n"
     assert capsys.readouterr().err == message
 
 
 def test_help_names_every_option_with_its_default(job: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert job.main(["--help"]) == 0
+    assert exit_code(job, ["--help"]) == 0
     shown = capsys.readouterr().out
     assert "python jobs/prepare.py format=table source=" in shown
     for option in ("source=(required)", "threshold=3.0", "columns.user=user_id", "item_columns.category=category"):
