@@ -9,12 +9,15 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
 from cdr_dist.configuration import from_words
+from cdr_dist.data import storage
 from cdr_dist.errors import UserError
 from cdr_dist.training import checkpoint, lease
 from cdr_dist.training.checkpoint import COMPLETE, Checkpoints
@@ -202,3 +205,94 @@ def test_a_step_that_is_saved_again_keeps_the_checkpoint_until_the_new_one_is_co
 
 def broken(*_):
     raise OSError("no room")
+
+
+def alone(config, act):
+    """Runs `act(checkpoints, progress of the newest)` in one worker."""
+
+    def inside(rank):
+        session = Session(config, config.data, [u for phase in phases_of(config) for u in phase.cycle])
+        kept = Checkpoints(f"{config.run}/checkpoints", session, 1)
+        act(kept, kept.load(kept.newest()))
+        session.close()
+
+    on_workers(1, inside)
+
+
+def test_older_checkpoints_that_cannot_be_removed_cost_nothing(tmp_path):
+    config = from_words(finished(tmp_path / "run"))
+
+    def act(kept, progress):
+        progress.step = 11
+        with replaced(storage, "remove_folder", broken):
+            kept.save(progress)
+        assert [s.step for s in checkpoint.complete(f"{config.run}/checkpoints")][-1] == 11
+        progress.step = 12
+        kept.save(progress)
+        assert [s.step for s in checkpoint.complete(f"{config.run}/checkpoints")] == [10, 12]  # the best, the newest
+
+    alone(config, act)
+
+
+def test_a_job_that_lost_its_lease_removes_nothing(tmp_path):
+    """It finds out when its files are there: by then the folder may be another job's."""
+    config = from_words(finished(tmp_path / "run"))
+
+    def act(kept, progress):
+        asked = []
+
+        def lost():
+            asked.append(True)
+            if len(asked) == 2:  # not when it begins, but when it would complete the checkpoint
+                raise lease.LeaseLostError("lost")
+
+        kept._still_ours, progress.step = lost, 11
+        with pytest.raises(UserError, match="lost"):
+            kept.save(progress)
+        assert {p.name for p in Path(f"{config.run}/checkpoints/step-00000011").iterdir()} == {
+            "rows-00000-of-00001.bin",
+            "rows-00000-of-00001.json",
+            "dense.pt",
+            "place.json",
+        }
+
+    alone(config, act)
+
+
+@pytest.mark.parametrize(("error", "words"), [(storage.StorageError, "no answer"), (storage.NotFoundError, "damaged")])
+def test_a_store_that_does_not_answer_is_not_a_damaged_checkpoint(error, words, tmp_path):
+    given = finished(tmp_path / "run")
+
+    read = storage.read_range
+
+    def fails(uri, *span):
+        if uri.endswith("rows-00000-of-00001.bin"):
+            raise error("no answer within 60 s")
+        return read(uri, *span)
+
+    with replaced(storage, "read_range", fails), pytest.raises(UserError, match=words) as told:
+        train([*given, "trainer.max_steps=20"])
+    assert ("delete it" in str(told.value)) == (words == "damaged")
+
+
+def test_a_lease_lives_through_a_store_that_does_not_answer_for_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_S", 0.02)
+    answer = storage.read_bytes
+    silent = threading.Event()
+
+    def read(uri):
+        if silent.is_set():
+            raise storage.StorageError(f"{uri}: no answer within 60 s")
+        return answer(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", read)
+    with Lease(str(tmp_path)) as held:
+        silent.set()
+        time.sleep(0.2)
+        with pytest.raises(storage.StorageError):
+            lease.check(str(tmp_path / lease.FILE), held.token)
+        silent.clear()
+        first = json.loads((tmp_path / lease.FILE).read_text())["beats"]
+        time.sleep(0.2)
+        assert json.loads((tmp_path / lease.FILE).read_text())["beats"] > first
+        silent.set()  # nor does its end raise anything

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from cdr_dist.training.console import Console
 from cdr_dist.training.run_folder import RunFolder
 
@@ -39,10 +41,19 @@ def test_a_resume_drops_what_it_repeats_and_half_a_line(tmp_path):
         half.write('{"step": 40, "spl')
     place.forget_after(20)
     assert steps(place.lines()) == [10, 20]
-    lines, seen = place.lines_after(seen)
-    assert lines == []
-    log(place, 30)
-    assert steps(place.lines_after(seen)[0]) == [30]
+    assert steps(place.lines_after(seen)[0]) == [10, 20]
+
+
+@pytest.mark.parametrize("longer", [0, 1, 2])
+def test_a_console_goes_on_where_a_resume_has_rewritten_the_file(longer, tmp_path, capsys):
+    """The end that it had seen is then beyond the file's, or in the middle of a line."""
+    place = RunFolder(str(tmp_path))
+    log(place, 10, 20, 30)
+    with Console(place, "joint seed 8", 100):
+        place.forget_after(10)
+        log(place, *[123456, 20, 30][: 1 + longer])
+    shown = [line.split()[4] for line in capsys.readouterr().err.splitlines()]
+    assert shown == ["123456", "20", "30"][: 1 + longer]
 
 
 def test_the_console_shows_what_came_after_it_began(tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -136,6 +138,24 @@ def test_the_next_windows_are_read_before_they_are_needed():
         one.read(Place(0, step))
     one._loader.submit(lambda: None).result()
     assert len(reader.read_groups) == 10, "every group once, and the next epoch's first window"
+
+
+def test_all_reading_is_in_one_thread_which_close_ends():
+    class Where(MemoryReader):
+        def read(self, piece):
+            threads.add(threading.current_thread())
+            return super().read(piece)
+
+    threads = set()
+    last = Stream(Where([5]), 4, StreamOptions(lanes=4, window=2), 3, "lower", rank=3, workers=4)
+    assert [last.read(Place(0, step)).table.num_rows for step in range(2)] == [1, 0]
+    reading = threads.pop()
+    assert not threads
+    assert reading is not threading.current_thread()
+    last.close()
+    assert not reading.is_alive()
+    assert last.read(Place(1, 0)).table.num_rows == 1
+    last.close()
 
 
 def test_more_workers_than_lanes_is_refused():

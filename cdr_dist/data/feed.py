@@ -61,6 +61,7 @@ class Feed:
         if self._producer is not None:
             self._producer.close()
         self._producer = self._held = None
+        self._stream.close()
 
 
 class _Producer:

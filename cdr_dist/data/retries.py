@@ -33,6 +33,10 @@ class StorageError(UserError):
     """A file that cannot be read, written, listed or removed at its place; another place may have it."""
 
 
+class NotFoundError(StorageError):
+    """A file that is to be read and is not there."""
+
+
 def use(options: StorageOptions) -> None:
     """Sets the deadline, tries and back-off of this process."""
     global _options
@@ -64,7 +68,8 @@ def retried(
         except Exception as error:  # every client has its own errors: s3fs raises IndexError on a dead server
             if tried == most or _ending.is_set() or not curable(error):
                 # Not `from error`: a traceback would show the client's own words, credentials in an address too.
-                raise StorageError(f"{what}: {_reason(error, how, tried)}") from None
+                missing = isinstance(error, FileNotFoundError) and how == "read"
+                raise (NotFoundError if missing else StorageError)(f"{what}: {_reason(error, how, tried)}") from None
         _ending.wait(wait_s(tried))
     raise AssertionError("tries is at least 1")
 

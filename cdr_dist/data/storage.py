@@ -19,10 +19,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cdr_dist.crash_points import durable
 from cdr_dist.data.local_files import LocalFiles
-from cdr_dist.data.retries import StorageError, naming, options, retried, use
+from cdr_dist.data.retries import NotFoundError, StorageError, naming, options, retried, use
 from cdr_dist.errors import UserError
 
-__all__ = ["StorageError", "naming", "options", "use"]
+__all__ = ["NotFoundError", "StorageError", "naming", "options", "use"]
 
 T = TypeVar("T")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -61,7 +62,7 @@ class Stream:
         self._windows: dict[int, list[Window]] = {}
         self._loaded: dict[int, tuple[_Key, pa.Table]] = {}
         self._coming: dict[int, tuple[_Key, Future[pa.Table]]] = {}
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="cdr-window")
+        self._loader: ThreadPoolExecutor | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -83,9 +84,18 @@ class Stream:
         parts = [part for lane in self._lanes for part in self._take(lane, place.step)]
         first = place.step * self.rows_per_step
         count = min(first + self.rows_per_step, self._order.rows) - first
-        empty = self._reader.read(self._order.windows(0)[0].pieces[0]).slice(0, 0) if not parts else None
+        if not parts:  # a short last step need not reach every worker
+            piece = self._order.windows(0)[0].pieces[0]
+            return Rows(self._submit(self._reader.read, piece).result().slice(0, 0), place, count)
         # One chunk a column: a batch's columns are converted one by one, and a chunk costs as much as its rows.
-        return Rows(pa.concat_tables(parts).combine_chunks() if empty is None else empty, place, count)
+        return Rows(pa.concat_tables(parts).combine_chunks(), place, count)
+
+    def close(self) -> None:
+        """Ends the thread; a later read starts another."""
+        self._coming.clear()
+        if self._loader is not None:
+            self._loader.shutdown(wait=True, cancel_futures=True)
+            self._loader = None
 
     def epoch(self, epoch: int = 0) -> Iterator[Rows]:
         for step in range(self.steps_per_epoch):
@@ -107,7 +117,7 @@ class Stream:
         if lane not in self._loaded or self._loaded[lane][0] != key:
             coming, future = self._coming.pop(lane, (None, None))
             if future is None or coming != key:
-                future = self._loader.submit(self._load, self._order, lane, window)
+                future = self._submit(self._load, self._order, lane, window)
             self._loaded[lane] = (key, future.result())
         return self._loaded[lane][1]
 
@@ -136,10 +146,15 @@ class Stream:
         if lane not in self._coming or self._coming[lane][0] != key:
             following = order.windows(lane)[number]
             self._plan(lane, following)
-            self._coming[lane] = (key, self._loader.submit(self._load, order, lane, following))
+            self._coming[lane] = (key, self._submit(self._load, order, lane, following))
+
+    def _submit(self, read: Callable[..., pa.Table], *arguments: Any) -> Future[pa.Table]:
+        """All reading is in one thread: the reader keeps what it has decoded."""
+        if self._loader is None:
+            self._loader = ThreadPoolExecutor(1, thread_name_prefix="cdr-window")
+        return self._loader.submit(read, *arguments)
 
     def _load(self, order: Order, lane: int, window: Window) -> pa.Table:
-        """Always in the loader's thread: the reader keeps what it has decoded."""
         rows = pa.concat_tables([self._reader.read(piece) for piece in window.pieces])
         return rows.take(order.within(lane, window)).combine_chunks()
 

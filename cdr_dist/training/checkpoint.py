@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import pickle
 import re
 import time
@@ -27,11 +28,14 @@ from cdr_dist.crash_points import durable
 from cdr_dist.data import storage
 from cdr_dist.data.stream import Place
 from cdr_dist.errors import UserError
+from cdr_dist.training.lease import LeaseLostError
 from cdr_dist.training.rows_file import Parts, RowsFile, read_rows, write_rows
 from cdr_dist.training.talk import OverGroup, Talk, agreed
 
 if TYPE_CHECKING:
     from cdr_dist.training.session import Session
+
+log = logging.getLogger(__name__)
 
 COMPLETE, DENSE, PLACE = "COMPLETE", "dense.pt", "place.json"
 _NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
@@ -77,7 +81,10 @@ class Saved:
 
     def read(self, name: str) -> bytes:
         """A small file, as it was written. UserError: damaged."""
-        content = storage.read_bytes(storage.join(self.uri, name))
+        try:
+            content = storage.read_bytes(storage.join(self.uri, name))
+        except storage.NotFoundError as error:
+            raise self.damaged(f"{name} is missing") from error
         try:
             known = json.loads(storage.read_bytes(storage.join(self.uri, COMPLETE)))[name]
         except (ValueError, KeyError, TypeError) as error:
@@ -156,7 +163,7 @@ class Checkpoints:
         start = time.perf_counter()
         self.wait()
         s = self._session
-        uri = self._agreed(lambda: self._free_name(progress.step))
+        uri = self._agreed(lambda: self._begin(progress.step))
         dense = _saved(dense_state(s)) if s.rank == 0 else b""
         place = json.dumps(asdict(progress)).encode()
         parts = parts_of(s)
@@ -207,6 +214,10 @@ class Checkpoints:
             read_rows(saved.uri, files, parts_of(s))
             s.tables.updates = max(file.updates for file in files)
             state = torch.load(io.BytesIO(saved.read(DENSE)), weights_only=True, map_location=s.device)
+        except storage.NotFoundError as error:
+            raise saved.damaged(str(error)) from error
+        except storage.StorageError:
+            raise  # a store that does not answer says nothing about what it holds
         except UserError as error:
             raise error if str(error).startswith(saved.uri + ": damaged") else saved.damaged(str(error)) from error
         except (RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
@@ -232,20 +243,32 @@ class Checkpoints:
         with durable("checkpoint.barrier"):
             everyones = self._threads_talk.gather((error, written))
         error = next((e for e, _ in everyones if e), "")
-        if not error and self._session.rank == 0:
-            try:
-                self._still_ours()
-                listed = {name: known for _, files in everyones for name, known in files.items()}
-                with durable("checkpoint.complete"):
-                    storage.write_bytes(storage.join(uri, COMPLETE), json.dumps(listed, indent=1).encode())
-                self._drop_old(best_step)
-            except (OSError, UserError) as failure:
-                error = _reason(failure)
+        if self._session.rank == 0:
+            listed = {name: known for _, files in everyones for name, known in files.items()}
+            error = self._finish(uri, listed, best_step, error)
         error = self._threads_talk.gather((error, {}))[0][0]
         if error:
-            if self._session.rank == 0:
-                _drop(uri)
             raise UserError(f"{self._folder}: the checkpoint could not be written ({error}); earlier ones are intact")
+
+    def _finish(self, uri: str, listed: dict[str, Any], best_step: int, error: str) -> str:
+        """Completes the checkpoint and removes older ones, or removes what there is of it -> why it failed."""
+        try:
+            self._still_ours()
+            if not error:
+                with durable("checkpoint.complete"):
+                    storage.write_bytes(storage.join(uri, COMPLETE), json.dumps(listed, indent=1).encode())
+        except LeaseLostError as lost:
+            return _reason(lost)  # a folder of this name may be the other job's by now
+        except Exception as failure:
+            error = _reason(failure)
+        try:
+            if error:
+                _drop(uri)
+            else:
+                self._drop_old(best_step)
+        except Exception as failure:  # the next save tries again
+            log.warning("%s: old checkpoints could not be removed (%s)", self._folder, _reason(failure))
+        return error
 
     def _write_files(self, uri: str, parts: Parts, updates: int, dense: bytes, place: bytes) -> dict[str, list[Any]]:
         """File -> [bytes, sha256] of what the rows' own checksums do not cover."""
@@ -271,7 +294,9 @@ class Checkpoints:
 
     # ---- all workers --------------------------------------------------------------------------------------------
 
-    def _free_name(self, step: int) -> str:
+    def _begin(self, step: int) -> str:
+        """The folder of a checkpoint to be."""
+        self._still_ours()
         attempts = [saved.attempt for saved in _all(self._folder) if saved.step == step]
         again = f"-{max(attempts) + 1}" if attempts else ""
         return storage.join(self._folder, f"step-{step:08d}{again}")

@@ -21,7 +21,8 @@ class Console:
 
     def __init__(self, folder: RunFolder, title: str, steps: int, done: int = 0, quiet: bool = False) -> None:
         self._folder, self._title, self._quiet = folder, title, quiet
-        _, self._seen = folder.lines_after(0)
+        old, self._seen = folder.lines_after(0)
+        self._latest = max((line["time"] for line in old), default=0.0)
         self._growing = 0
         self._done = threading.Event()
         shown = sys.stderr.isatty() and not quiet
@@ -46,7 +47,9 @@ class Console:
             with contextlib.suppress(UserError):  # a resume may be rewriting the file: the next look finds it
                 lines, self._seen = self._folder.lines_after(self._seen)
                 for line in lines:
-                    self._show(line)
+                    if line["time"] > self._latest:  # a rewritten file is read again
+                        self._show(line)
+                self._latest = max([self._latest, *(line["time"] for line in lines)])
             if last:
                 return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -47,10 +48,13 @@ def evaluation_rows(session: Session, split: str) -> Iterator[Rows]:
     """Equally many on all workers: one that serves a lane less gets empty ones, because lookups are collective."""
     streams = session.evaluation_streams(split)
     most = -(-session.config.stream.lanes // session.workers)
-    for step in range(streams[0].steps_per_epoch):
-        for i in range(most):
-            rows = streams[min(i, len(streams) - 1)].read(Place(0, step))
-            yield rows if i < len(streams) else replace(rows, table=rows.table.slice(0, 0))
+    with contextlib.ExitStack() as ending:
+        for stream in streams:
+            ending.callback(stream.close)
+        for step in range(streams[0].steps_per_epoch):
+            for i in range(most):
+                rows = streams[min(i, len(streams) - 1)].read(Place(0, step))
+                yield rows if i < len(streams) else replace(rows, table=rows.table.slice(0, 0))
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -15,6 +16,11 @@ import psutil
 from cdr_dist.crash_points import durable
 from cdr_dist.data import storage
 from cdr_dist.errors import UserError
+
+
+class LeaseLostError(UserError):
+    """Another job holds the run folder now: nothing in it may be written or removed any more."""
+
 
 FILE = "lease.json"
 BEAT_S = 10.0
@@ -52,10 +58,11 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
-        holder = _read(self._uri)
-        if holder is not None and holder["token"] == self.token:
-            with durable("run.release"):
-                storage.remove_file(self._uri)
+        with contextlib.suppress(UserError):  # it lapses, and the run's own error counts
+            holder = _read(self._uri)
+            if holder is not None and holder["token"] == self.token:
+                with durable("run.release"):
+                    storage.remove_file(self._uri)
 
     def _beat(self) -> None:
         me = psutil.Process()
@@ -65,27 +72,30 @@ class Lease:
 
     def _live(self) -> None:
         while not self._over.wait(BEAT_S):
-            holder = _read(self._uri)
-            if holder is None or holder["token"] != self.token:
-                return  # taken over: the next checkpoint says so
-            self._beat()
+            with contextlib.suppress(UserError):  # a store that does not answer is asked again
+                holder = _read(self._uri)
+                if holder is None or holder["token"] != self.token:
+                    return  # taken over: the next checkpoint says so
+                self._beat()
 
 
 def check(lease: str, token: str) -> None:
-    """UserError unless the lease is still the job's whose token this is."""
+    """LeaseLostError unless the lease is still the job's whose token this is; StorageError where nobody can tell."""
     holder = _read(lease)
     if holder is None or holder["token"] != token:
-        raise UserError(f"{lease}: another job has taken this run over; this one ends")
+        raise LeaseLostError(f"{lease}: another job has taken this run over; this one ends")
 
 
 def _read(uri: str) -> dict[str, Any] | None:
-    """None: nobody holds it, or nobody can tell who does."""
-    if not storage.exists(uri):
+    """None: nobody holds it, or it does not say who does. StorageError: it cannot be read now."""
+    try:
+        content = storage.read_bytes(uri)
+    except storage.NotFoundError:
         return None
     try:
-        holder = json.loads(storage.read_bytes(uri))
+        holder = json.loads(content)
         return holder if {"token", "host", "process", "since"} <= set(holder) else None
-    except (ValueError, TypeError, UserError):
+    except (ValueError, TypeError):
         return None
 
 

@@ -91,7 +91,7 @@ def read_rows(folder: str, files: Sequence[RowsFile], parts: Parts) -> None:
     """Fills `parts` from files that any number of workers wrote. UserError: rows that no file has, a damaged block."""
     wanted = dict(parts)
     with ThreadPoolExecutor(READERS) as pool:
-        tasks, filled = [], dict.fromkeys(wanted, 0)
+        tasks, filled, whole = [], dict.fromkeys(wanted, 0), set[str]()
         for file in files:
             for section in file.sections:
                 key = (section.table, section.part)
@@ -108,6 +108,9 @@ def read_rows(folder: str, files: Sequence[RowsFile], parts: Parts) -> None:
                         place = (at, at + 4 * section.width * (stop - start))
                         target = into[low - first : high - first]
                         uri = storage.join(folder, file.file)
+                        if uri not in whole and (size := storage.size(uri)) != file.size:
+                            raise UserError(f"{uri}: {size} bytes, not {file.size}")
+                        whole.add(uri)
                         tasks.append(pool.submit(_fill, uri, place, digest, low - start, target))
                         filled[key] += high - low
         for task in tasks:

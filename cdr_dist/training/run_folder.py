@@ -100,7 +100,7 @@ class RunFolder:
 
     def log(self, **values: Any) -> None:
         """Appends one line to metrics.jsonl; to one in an object store with the next `flush`."""
-        line = json.dumps(_plain(values) | {"time": round(time.time(), 3)}) + "\n"
+        line = json.dumps(_plain(values) | {"time": round(time.time(), 6)}) + "\n"
         if not self.local:
             self._lines.append(line)
             if time.monotonic() - self._flushed > FLUSH_S:
@@ -130,15 +130,17 @@ class RunFolder:
     def lines_after(self, offset: int) -> tuple[list[dict[str, Any]], int]:
         """The whole lines from byte `offset` on, and the offset to go on from.
 
-        A resume may have cut the file since: then nothing, and its end.
+        Where `offset` is no longer the start of a line (a resume has rewritten the file), all lines.
         """
         uri = self.file(METRICS)
         if not storage.exists(uri):
             return [], 0
-        start, size = min(offset, storage.size(uri)), storage.size(uri)
-        read = storage.read_range(uri, start, size) if start < size else b""
-        found, end, _ = read.rpartition(b"\n")  # the rest is being written, or of a killed run
-        return [json.loads(line) for line in found.splitlines()], start + len(found) + len(end)
+        size = storage.size(uri)
+        before = storage.read_range(uri, offset - 1, size) if 0 < offset <= size else b""
+        if not before.startswith(b"\n"):
+            offset, before = 0, b"\n" + storage.read_range(uri, 0, size)
+        found, end, _ = before[1:].rpartition(b"\n")  # the rest is being written, or of a killed run
+        return [json.loads(line) for line in found.splitlines()], offset + len(found) + len(end)
 
     def board(self) -> Path:
         """Where TensorBoard's files are written; `publish_board` brings them to an object store."""
