@@ -39,7 +39,7 @@ def given(run, *more):
 
 @functools.cache
 def undisturbed():
-    run = scratch() / "undisturbed"
+    run = scratch() / "crash-undisturbed"
     assert job("train", train_job, given(run)) == 0
     return run
 

@@ -22,6 +22,7 @@ LONGEST_WAIT_S = 30.0
 SHORTEST_SECRET = 8
 """Characters: a shorter value, such as a test server's, may be part of any word."""
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
+_MISSING = (FileNotFoundError, NotADirectoryError)
 _PAST = {"read": "read", "write": "written", "remove": "removed", "list": "listed"}
 
 _options = StorageOptions()
@@ -68,7 +69,7 @@ def retried(
         except Exception as error:  # every client has its own errors: s3fs raises IndexError on a dead server
             if tried == most or _ending.is_set() or not curable(error):
                 # Not `from error`: a traceback would show the client's own words, credentials in an address too.
-                missing = isinstance(error, FileNotFoundError) and how == "read"
+                missing = isinstance(error, _MISSING) and how == "read"
                 raise (NotFoundError if missing else StorageError)(f"{what}: {_reason(error, how, tried)}") from None
         _ending.wait(wait_s(tried))
     raise AssertionError("tries is at least 1")
@@ -152,7 +153,7 @@ def redacted(text: str) -> str:
 
 def _reason(error: Exception, how: str, tried: int) -> str:
     times = f", {tried} tries" if tried > 1 else ""
-    if isinstance(error, FileNotFoundError) and how == "read":
+    if isinstance(error, _MISSING) and how == "read":
         return "not found"
     if isinstance(error, TimeoutError):
         return f"{_first_line(error)}{times}"
