@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
+import torch
 from torch.profiler import record_function
 
 PREFIX = "cdr."
@@ -16,7 +17,7 @@ def span(name: str) -> Iterator[None]:
     """A part of a step. Spans may nest; the innermost one counts."""
     _open.append(name)
     try:
-        with record_function(PREFIX + name):
+        with record_function(PREFIX + name) if torch.autograd._profiler_enabled() else nullcontext():
             yield
     finally:
         _open.pop()

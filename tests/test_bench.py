@@ -71,9 +71,16 @@ def held():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("baseline", [partial(Plain, sparse=True), Bare])
-def test_the_baselines_of_a_lower_step_train_as_ours_does(held, baseline):
-    training = lower_training(True, 32, 8, held)
+@pytest.mark.parametrize(
+    ("baseline", "optimiser"),
+    [
+        (partial(Plain, kind="sparse"), "adagrad"),
+        (partial(Plain, kind="sparse by hand"), "rowwise_adagrad"),
+        (Bare, "rowwise_adagrad"),
+    ],
+)
+def test_the_baselines_of_a_lower_step_train_as_ours_does(held, baseline, optimiser):
+    training = lower_training(True, 32, 8, held, f"tables.optimiser={optimiser}")
     theirs = baseline(training.session)
     (_, ours), before = training.session.tables.shards()["user"], training.session.tables.shards()["user"][1].clone()
     losses = [training.update[True].run(False)["loss"] for _ in range(40)]

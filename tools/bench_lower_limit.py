@@ -59,7 +59,7 @@ class Bare:
         ids, batch = self.batches[self.turn % len(self.batches)]
         self.turn += 1
         rows = self.tables(ids, self.offsets).split(self.width, 1)
-        loss = loss_of(self.model, dict(zip(self.features, rows, strict=True)), batch)
+        loss = loss_of(self.model, self.model(dict(zip(self.features, rows, strict=True)), batch), batch)
         loss.backward()
         self.adam.step()
         self.adam.zero_grad()

@@ -76,6 +76,7 @@ class ShardedTables:
             self._kernel.pooling_mode = PoolingMode.SUM
         self._names: list[str] = self._kernel.table_names
         self._first = {name: rank() * self.rows_per_worker(name) for name in self._names}
+        self._firsts = torch.tensor(list(self._first.values()), device=device).unsqueeze(1)
         self._weights = dict(zip(self._names, self._kernel.split_embedding_weights(), strict=True))
         self._graph = torch.zeros((), device=device, requires_grad=True)
         self._initialise(seed)
@@ -145,20 +146,23 @@ class ShardedTables:
         longest = max((len(of) for of in ids.values()), default=0)
         if longest == 0:
             return {t: self._weights[t].new_zeros(0, self._weights[t].shape[1]) for t in ids}
-        local = torch.zeros(len(self._names), longest, dtype=torch.int64, device=self.device)
-        for line, name in zip(local, self._names, strict=True):
-            if name in ids:
-                line[: len(ids[name])] = ids[name]
-        taken = local != 0
+        if all(len(ids.get(name, ())) == longest for name in self._names):
+            every = torch.stack([ids[name] for name in self._names])
+        else:
+            every = torch.zeros(len(self._names), longest, dtype=torch.int64, device=self.device)
+            for line, name in zip(every, self._names, strict=True):
+                if name in ids:
+                    line[: len(ids[name])] = ids[name]
+        taken = every != 0
         offsets = torch.zeros(taken.numel() + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(taken.flatten(), 0, out=offsets[1:])
-        local -= torch.tensor(list(self._first.values()), device=self.device).unsqueeze(1)
-        out = self._kernel(local[taken], offsets)
+        local = (every - self._firsts)[taken] if rank() else every[taken]
+        out = self._kernel(local, offsets)
         if self._pooled:  # [longest, tables x width]
             by_table = out.view(longest, len(self._names), -1).unbind(1)
         else:
-            every = out.new_zeros(taken.numel(), out.shape[1]).index_copy(0, taken.flatten().nonzero().squeeze(1), out)
-            by_table = every.view(len(self._names), longest, -1).unbind(0)
+            whole = out.new_zeros(taken.numel(), out.shape[1]).index_copy(0, taken.flatten().nonzero().squeeze(1), out)
+            by_table = whole.view(len(self._names), longest, -1).unbind(0)
         found = {name: rows for name, rows in zip(self._names, by_table, strict=True) if name in ids}
         # A slice of all rows would cost a copy in the backward pass.
         return {name: rows if len(ids[name]) == longest else rows[: len(ids[name])] for name, rows in found.items()}

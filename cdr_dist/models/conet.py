@@ -48,18 +48,19 @@ class CoNet(PerExampleLosses):
 
     def forward(self, embedded: Mapping[str, Tensor], batch: Labels) -> Output:
         """embedded: feature -> [B, width]."""
-        user = embedded["user"]
-        target = torch.cat([user, embedded["target_item"], embedded["target_category"]], dim=1)
         if not self.source:
+            target = torch.cat([embedded[f] for f in _TARGET], dim=1)
             for layer in self.target_tower:
-                target = layer(target).relu()
+                target = layer(target).relu_()
             return Output(self.target_head(target).squeeze(1), None, target)
-        source = torch.cat([user, embedded["source_item"], embedded["source_category"]], dim=1)
-        for to_target, to_source, cross in zip(self.target_tower, self.source_tower, self.cross, strict=True):
-            target, source = (
-                (to_target(target) + cross(source)).relu(),
-                (to_source(source) + cross(target)).relu(),
-            )
+        # Both towers are one: [a_t; a_s] times [[W_t, H], [H, W_s]], a third of the operators. The user, which both
+        # begin with, goes in once.
+        both = torch.cat([embedded[f] for f in (*_TARGET, *_SOURCE)], dim=1)
+        layers = zip(*map(_parameters, (self.target_tower, self.source_tower, self.cross)), strict=True)
+        for i, ((w_t, b_t), (w_s, b_s), (h, _)) in enumerate(layers):
+            weight = _joined(w_t, w_s, h) if i else _joined_first(w_t, w_s, h, embedded["user"].shape[1])
+            both = torch.addmm(torch.cat([b_t, b_s]), both, weight.t()).relu_()
+        target, source = both.split(self.target_head.in_features, dim=1)
         return Output(self.target_head(target).squeeze(1), self.source_head(source).squeeze(1), target)
 
     def initial_values(self) -> dict[str, Tensor]:
@@ -72,3 +73,19 @@ class CoNet(PerExampleLosses):
             for i, layer in enumerate(getattr(self, f"{domain}_tower"))
         }
         return biases | {f"{d}_head.weight": torch.zeros_like(getattr(self, f"{d}_head").weight) for d in domains}
+
+
+def _parameters(tower: nn.ModuleList) -> list[tuple[Tensor, Tensor]]:
+    """(weight, bias) of every layer."""
+    return [(layer.weight, layer.bias) for layer in tower if isinstance(layer, nn.Linear)]
+
+
+def _joined(w_t: Tensor, w_s: Tensor, h: Tensor) -> Tensor:
+    return torch.cat([torch.cat([w_t, h], 1), torch.cat([h, w_s], 1)])
+
+
+def _joined_first(w_t: Tensor, w_s: Tensor, h: Tensor, width: int) -> Tensor:
+    """Of inputs [user; target item; target category; source item; source category]."""
+    (t_user, t_own), (s_user, s_own), (h_user, h_other) = (w.tensor_split([width], dim=1) for w in (w_t, w_s, h))
+    target, source = [t_user + h_user, t_own, h_other], [s_user + h_user, h_other, s_own]
+    return torch.cat([torch.cat(target, 1), torch.cat(source, 1)])

@@ -62,7 +62,8 @@ class Backbone(Protocol):
 
 def cross_entropy(logit: Tensor, label: Tensor) -> Tensor:
     """Per-example binary cross-entropy [B] of logits."""
-    return functional.binary_cross_entropy_with_logits(logit, label.to(logit.dtype), reduction="none")
+    # softplus(x) - y x; above 40 softplus is x to the last bit of a double.
+    return torch.addcmul(functional.softplus(logit, threshold=40.0), logit, label.to(logit.dtype), value=-1.0)
 
 
 class PerExampleLosses(torch.nn.Module):

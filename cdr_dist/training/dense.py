@@ -1,6 +1,8 @@
-"""The dense parameters: one flat message a step, whose order fixes the bits, then their optimisers."""
+"""The dense parameters: one flat message a step, whose order fixes the bits, and one optimiser step a module."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -8,29 +10,61 @@ from torch import Tensor, nn
 
 from cdr_dist.embeddings.workers import world_size
 
+ALIGNED = 16
+"""Numbers: parameters begin at multiples of 64 bytes, as matrix products like it."""
+NUMBERS = 16
+"""Most scalars that travel with the gradients."""
+
+Optimiser = Callable[[str, nn.Parameter], torch.optim.Optimizer]
+
 
 class DenseStep:
-    """Sums the gradients of all groups and a few numbers over workers in one all_reduce, then steps the optimisers.
+    """Parameters of modules, and their gradients, as views of one tensor each.
 
-    groups: name -> (module, optimiser). Losses are divided by the global batch size, so sums are right.
+    Gradients, and a few numbers with them, are so summed over workers in one message, and stepped by one small call a
+    module. Losses are divided by the global batch size, so sums are right. make: the optimiser of all parameters of
+    the module of a name, [n].
     """
 
-    def __init__(self, groups: dict[str, tuple[nn.Module, torch.optim.Optimizer]]) -> None:
-        self._optimisers = [optimiser for _, optimiser in groups.values()]
-        self._parameters = [
-            p for _, (module, _) in sorted(groups.items()) for _, p in sorted(module.named_parameters())
-        ]
+    def __init__(self, modules: Mapping[str, nn.Module], make: Optimiser) -> None:
+        parameters = {name: [p for _, p in sorted(module.named_parameters())] for name, module in modules.items()}
+        like = next(p for of in parameters.values() for p in of)
+        sizes = {name: sum(_room(p) for p in of) for name, of in parameters.items()}
+        values = like.new_zeros(sum(sizes.values()))
+        self._message = like.new_zeros(len(values) + NUMBERS)
+        self._flat: dict[str, nn.Parameter] = {}
+        start = 0
+        for name, of in parameters.items():
+            flat = self._flat[name] = nn.Parameter(values[start : start + sizes[name]])
+            flat.grad = self._message[start : start + sizes[name]]
+            for p in of:
+                place = slice(start, start + p.numel())
+                values[place] = p.detach().reshape(-1)
+                p.data, p.grad = values[place].view_as(p), self._message[place].view_as(p)
+                start += _room(p)
+        self.optimisers = {name: make(name, flat) for name, flat in self._flat.items()}
 
     def __call__(self, numbers: list[Tensor]) -> list[float]:
         """numbers: scalars to sum over workers along with the gradients; their sums come back."""
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        flat = torch.cat([g.reshape(-1) for g in gradients] + [n.detach().reshape(1).to(gradients[0]) for n in numbers])
+        sums = self._message[-NUMBERS:][: len(numbers)]
+        torch.stack([n.detach().to(sums) for n in numbers], out=sums)
         if world_size() > 1:
-            dist.all_reduce(flat)
-        parts = flat.split([p.numel() for p in self._parameters] + [1] * len(numbers))
-        for parameter, part in zip(self._parameters, parts, strict=False):
-            parameter.grad = part.view_as(parameter)
-        for optimiser in self._optimisers:
+            dist.all_reduce(self._message)
+        for optimiser in self.optimisers.values():
             optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        return [float(part) for part in parts[len(self._parameters) :]]
+        found: list[float] = sums.tolist()
+        self._message.zero_()
+        return found
+
+    def step(self, name: str) -> None:
+        """Of one module alone."""
+        gradient = self._flat[name].grad
+        assert gradient is not None
+        if world_size() > 1:
+            dist.all_reduce(gradient)
+        self.optimisers[name].step()
+        gradient.zero_()
+
+
+def _room(parameter: Tensor) -> int:
+    return -(-parameter.numel() // ALIGNED) * ALIGNED

@@ -59,14 +59,11 @@ class Session:
         self.perceptron = self._perceptron() if learned else None
         extra = needs_head and config.upper.dev_head == "extra"
         self.dev_head = self._dense(nn.Linear(self.model.target_feature_width, 1), "dev_head") if extra else None
-        self.optimisers = self._optimisers()
-        self.dense_step = DenseStep(
-            {
-                name: (getattr(self, name), self.optimisers[name])
-                for name in ("model", "dev_head")
-                if name in self.optimisers
-            }
-        )
+        trained = {"model": self.model} | ({"dev_head": self.dev_head} if self.dev_head is not None else {})
+        self.dense_step = DenseStep(trained, self._optimiser)
+        self.optimisers = dict(self.dense_step.optimisers)
+        if self.perceptron is not None:
+            self.optimisers["perceptron"] = self._upper_optimiser(self.perceptron)
         self.lower = self.training_feed("lower", config.batch.size)
         self.dev = self.training_feed("dev", config.upper.dev_batch_size or config.batch.size)
         self.passes = {"lower": 0, "head": 0, "upper": 0}
@@ -122,24 +119,21 @@ class Session:
         initialise_dense(module, self.config.seed, f"{name}.")
         return module.to(self.device)
 
-    def _optimisers(self) -> dict[str, torch.optim.Optimizer]:
+    def _optimiser(self, name: str, parameters: nn.Parameter) -> torch.optim.Optimizer:
         dense, upper = self.config.dense, self.config.upper
-        found: dict[str, torch.optim.Optimizer] = {
-            "model": torch.optim.Adam(self.model.parameters(), lr=dense.lr, weight_decay=dense.weight_decay, fused=True)
-        }
-        if self.dev_head is not None:
-            found["dev_head"] = torch.optim.Adam(self.dev_head.parameters(), lr=upper.head_lr, fused=True)
-        if self.perceptron is not None:
-            named = dict(self.perceptron.named_parameters())
-            gamma = [named.pop("gamma_raw")]
-            decay = upper.weight_decay
-            groups = [
-                {"params": list(named.values()), "weight_decay": decay},
-                {
-                    "params": gamma,
-                    "lr": upper.lr if upper.gamma_lr is None else upper.gamma_lr,
-                    "weight_decay": decay if upper.decay_gamma else 0.0,
-                },
-            ]
-            found["perceptron"] = _UPPER[upper.optimiser](groups, lr=upper.lr)
-        return found
+        rate, decay = (upper.head_lr, 0.0) if name == "dev_head" else (dense.lr, dense.weight_decay)
+        return torch.optim.Adam([parameters], lr=rate, weight_decay=decay, fused=True)
+
+    def _upper_optimiser(self, perceptron: BehaviouralPerceptron) -> torch.optim.Optimizer:
+        upper = self.config.upper
+        named = dict(perceptron.named_parameters())
+        gamma = [named.pop("gamma_raw")]
+        groups = [
+            {"params": list(named.values()), "weight_decay": upper.weight_decay},
+            {
+                "params": gamma,
+                "lr": upper.lr if upper.gamma_lr is None else upper.gamma_lr,
+                "weight_decay": upper.weight_decay if upper.decay_gamma else 0.0,
+            },
+        ]
+        return _UPPER[upper.optimiser](groups, lr=upper.lr)

@@ -10,7 +10,6 @@ from cdr_dist.bilevel.hypergradient import Hypergradient, hypergradient
 from cdr_dist.data.batch import Batch
 from cdr_dist.data.stream import Place
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
-from cdr_dist.embeddings.workers import reduce_flat
 from cdr_dist.models.protocol import cross_entropy
 from cdr_dist.profiling import span
 
@@ -91,7 +90,6 @@ class Upper:
         assert s.dev_head is not None
         feed = s.training_feed("dev", s.config.upper.dev_batch_size or s.config.batch.size)
         feed.seek(Place())
-        parameters = list(s.dev_head.parameters())
         for _ in range(self._refresh):
             batch = feed.next().batch
             with span("head forward"), torch.no_grad():
@@ -101,8 +99,5 @@ class Upper:
             with span("head backward"):
                 (batch.weight * loss).sum().div(batch.global_rows).backward()
             s.passes["head"] += 1
-            for p, g in zip(parameters, reduce_flat([p.grad for p in parameters if p.grad is not None]), strict=True):
-                p.grad = g
-            s.optimisers["dev_head"].step()
-            s.optimisers["dev_head"].zero_grad(set_to_none=True)
+            s.dense_step.step("dev_head")
         feed.close()
