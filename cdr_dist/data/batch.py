@@ -23,11 +23,15 @@ from cdr_dist.data.hashing import integers, key, mix, uniform
 from cdr_dist.data.lists import Lists
 from cdr_dist.data.negatives import draw_negatives
 from cdr_dist.data.options import BatchOptions
+from cdr_dist.data.stream import Block
 
 _EXAMPLE = ["example_id", "user", "item", "category", "label"]
 _CANDIDATES = ["source_candidates_item", "source_candidates_category", "source_candidates_label"]
 _PEERS = ["target_candidates_item", "target_candidates_category", "target_candidates_label", "position"]
 _HISTORIES = [f"{d}_history_{part}" for d in ("target", "source") for part in ("item", "category")]
+
+
+_COLUMNS = ("label", "source_label", "source_valid", "weight", "user", "example")
 
 
 @dataclass
@@ -148,6 +152,15 @@ class BatchBuilder:
             kept = ~held.contains(stored["position"])
             batch.weight = torch.from_numpy(np.repeat(kept, draws * self.expansion)).float()
         return batch
+
+    def train_steps(self, block: Block, hold_out: HoldOut | None = None) -> list[Batch]:
+        """`train` for every step of a block, made together."""
+        every = [rows.global_rows for rows in block.steps]
+        stored = [rows.table.num_rows for rows in block.steps]
+        if 0 in stored:
+            return [self.train(r.table, r.place.epoch, r.global_rows, hold_out) for r in block.steps]
+        whole = self.train(block.table, block.steps[0].place.epoch, sum(every), hold_out)
+        return _split(whole, stored, [rows * self.expansion for rows in every])
 
     def dev_of_same_users(
         self, table: pa.Table, epoch: int, global_rows: int, hold_out: HoldOut | None = None, each: int = 1
@@ -341,6 +354,40 @@ def item_categories(folder: str, manifest: Manifest, domain: str) -> NDArray[np.
     return found
 
 
+def _split(whole: Batch, stored: Sequence[int], global_rows: Sequence[int]) -> list[Batch]:
+    """Batches of so many stored rows each, one after the other."""
+    each = len(whole) // sum(stored)
+    sizes = [n * each for n in stored]
+    of = {name: getattr(whole, name).split(sizes) for name in _COLUMNS}
+    parts = zip(_split_train(whole.train, sizes), _split_read(whole.read, stored), global_rows, strict=True)
+    return [
+        Batch(train=train, read=read, global_rows=rows, **{name: of[name][i] for name in _COLUMNS})
+        for i, (train, read, rows) in enumerate(parts)
+    ]
+
+
+def _split_train(train: KeyedJaggedTensor, sizes: Sequence[int]) -> list[KeyedJaggedTensor]:
+    keys = train.keys()
+    columns = train.values().view(len(keys), -1).split(list(sizes), dim=1)
+    return [_ones(keys, values.reshape(-1)) for values in columns]
+
+
+def _split_read(read: KeyedJaggedTensor, stored: Sequence[int]) -> list[KeyedJaggedTensor]:
+    keys = read.keys()
+    if not keys:
+        return [read] * len(stored)
+    lengths = read.lengths().view(len(keys), -1)
+    cuts = np.cumsum([0, *stored])
+    ends = np.concatenate([[0], np.cumsum(lengths.numpy())])  # of every list, key by key
+    edges = ends[np.arange(len(keys))[:, None] * lengths.shape[1] + cuts]  # [keys, steps + 1]
+    counts = np.diff(edges, axis=1).T.tolist()
+    values, out = read.values(), []
+    for i, own in enumerate(lengths.split(list(stored), dim=1)):
+        some = torch.cat([values[a:b] for a, b in zip(edges[:, i], edges[:, i + 1], strict=True)])
+        out.append(KeyedJaggedTensor(keys=keys, values=some, lengths=own.reshape(-1), length_per_key=counts[i]))
+    return out
+
+
 def _expanded(rows: int, k: int) -> tuple[NDArray, NDArray]:
     return np.repeat(np.arange(rows), 1 + k), np.tile(np.arange(1 + k), rows)
 
@@ -353,8 +400,13 @@ def _filled(values: NDArray, rows: int, dtype: torch.dtype) -> Tensor:
 
 def _one_id_a_row(features: Mapping[str, NDArray]) -> KeyedJaggedTensor:
     names: Sequence[str] = list(features)
-    values = torch.from_numpy(np.concatenate([features[n] for n in names]).astype(np.int64))
-    return KeyedJaggedTensor(keys=list(names), values=values, lengths=torch.ones(len(values), dtype=torch.int32))
+    return _ones(names, torch.from_numpy(np.concatenate([features[n] for n in names]).astype(np.int64)))
+
+
+def _ones(keys: Sequence[str], values: Tensor) -> KeyedJaggedTensor:
+    each = [len(values) // len(keys)] * len(keys)
+    lengths = torch.ones(len(values), dtype=torch.int32)
+    return KeyedJaggedTensor(keys=list(keys), values=values, lengths=lengths, length_per_key=each)
 
 
 def _jagged(lists: Mapping[str, Lists]) -> KeyedJaggedTensor:

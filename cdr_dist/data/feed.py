@@ -1,4 +1,8 @@
-"""Batches of one stream, built ahead by a thread, with a look at the next one; the state is a place."""
+"""Batches of one stream, built ahead by a thread, with a look at the next one; the state is a place.
+
+Those of several small steps are built together: building costs little a row and much a call, most of it under Python's
+lock, which training then waits for.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,17 @@ import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from cdr_dist.data.batch import Batch
-from cdr_dist.data.stream import Place, Rows, Stream
+from cdr_dist.data.stream import Block, Place, Stream
+
+BLOCK_ROWS, BLOCK_STEPS = 8192, 32
+"""Most stored rows of all workers that are built together (but at least a step), and most steps."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +33,14 @@ class Fed:
 
 
 class Feed:
-    """`next()` gives the batch at `place` and moves on; `peek()` gives the same without moving."""
+    """`next()` gives the batch at `place` and moves on; `peek()` gives the same without moving.
 
-    def __init__(self, stream: Stream, build: Callable[[Rows], Batch], ahead: int = 2) -> None:
-        self._stream, self._build, self._ahead = stream, build, ahead
-        self._held: Fed | None = None
+    build: a block of the stream -> a batch for each of its steps.
+    """
+
+    def __init__(self, stream: Stream, build: Callable[[Block], list[Batch]]) -> None:
+        self._stream, self._build = stream, build
+        self._held: deque[Fed] = deque()
         self._producer: _Producer | None = None
         self.place = Place()
         self.waited_s = 0.0
@@ -43,38 +54,40 @@ class Feed:
         self.place = place
 
     def peek(self) -> Fed:
-        if self._held is None:
+        if not self._held:
             if self._producer is None:
-                self._producer = _Producer(self._stream, self._build, self.place, self._ahead)
+                self._producer = _Producer(self._stream, self._build, self.place)
             start = time.perf_counter()
-            self._held = self._producer.get()
+            self._held.extend(self._producer.get())
             self.waited_s += time.perf_counter() - start
-        return self._held
+        return self._held[0]
 
     def next(self) -> Fed:
         fed = self.peek()
-        self._held = None
+        self._held.popleft()
         self.place = self._stream.after(fed.place)
         return fed
 
     def close(self) -> None:
         if self._producer is not None:
             self._producer.close()
-        self._producer = self._held = None
+        self._producer = None
+        self._held.clear()
         self._stream.close()
 
 
 class _Producer:
-    """A thread that builds batches in order; an error reaches the consumer in its place."""
+    """A thread that builds batches in order, a block ahead; an error reaches the consumer in its place."""
 
-    def __init__(self, stream: Stream, build: Callable[[Rows], Batch], place: Place, ahead: int) -> None:
+    def __init__(self, stream: Stream, build: Callable[[Block], list[Batch]], place: Place) -> None:
         self._stream, self._build = stream, build
-        self._ready: queue.Queue[Fed | BaseException] = queue.Queue(maxsize=ahead)
+        self._steps = max(1, min(BLOCK_STEPS, BLOCK_ROWS // stream.rows_per_step))
+        self._ready: queue.Queue[list[Fed] | BaseException] = queue.Queue(maxsize=1)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(place,), daemon=True, name="cdr-feed")
         self._thread.start()
 
-    def get(self) -> Fed:
+    def get(self) -> list[Fed]:
         fed = self._ready.get()
         if isinstance(fed, BaseException):
             raise fed
@@ -89,10 +102,11 @@ class _Producer:
 
     def _run(self, place: Place) -> None:
         while not self._closed.is_set():
-            made: Fed | BaseException
+            made: list[Fed] | BaseException
             try:
-                rows = self._stream.read(place)
-                made = Fed(self._build(rows), rows.table, place)
+                block = self._stream.read_block(place, self._steps)
+                batches = self._build(block)
+                made = [Fed(b, rows.table, rows.place) for b, rows in zip(batches, block.steps, strict=True)]
             except BaseException as error:
                 made = error
             while not self._closed.is_set():
@@ -103,4 +117,4 @@ class _Producer:
                     continue
             if isinstance(made, BaseException):
                 return
-            place = self._stream.after(place)
+            place = self._stream.after(made[-1].place)

@@ -37,6 +37,14 @@ class Rows:
     global_rows: int
 
 
+@dataclass(frozen=True)
+class Block:
+    """Consecutive steps of an epoch; their tables are slices of `table`, one after the other."""
+
+    table: pa.Table
+    steps: list[Rows]
+
+
 class Stream:
     """Endless over epochs. Every worker makes one with its own rank; their rows of a step make the global batch."""
 
@@ -75,20 +83,31 @@ class Stream:
 
     def read(self, place: Place) -> Rows:
         """This worker's rows of a step; fast when steps are asked for in order, right in any order."""
+        return self.read_block(place, 1).steps[0]
+
+    def read_block(self, place: Place, count: int) -> Block:
+        """`count` steps, or fewer where the epoch ends: what a step costs beyond its rows is then paid once."""
         if place.epoch != self._order.epoch:
             self._order = self._order_of(place.epoch)
             self._windows.clear()
         for lane in self._lanes:
             if lane not in self._windows:
                 self._begin(lane, place.step)
-        parts = [part for lane in self._lanes for part in self._take(lane, place.step)]
-        first = place.step * self.rows_per_step
-        count = min(first + self.rows_per_step, self._order.rows) - first
-        if not parts:  # a short last step need not reach every worker
+        numbers = range(place.step, min(place.step + count, self.steps_per_epoch))
+        parts = [[part for lane in self._lanes for part in self._take(lane, step)] for step in numbers]
+        if any(parts):
+            # One chunk a column: a batch's columns are converted one by one, and a chunk costs as much as its rows.
+            table = pa.concat_tables(itertools.chain(*parts)).combine_chunks()
+        else:  # a short last step need not reach every worker
             piece = self._order.windows(0)[0].pieces[0]
-            return Rows(self._submit(self._reader.read, piece).result().slice(0, 0), place, count)
-        # One chunk a column: a batch's columns are converted one by one, and a chunk costs as much as its rows.
-        return Rows(pa.concat_tables(parts).combine_chunks(), place, count)
+            table = self._submit(self._reader.read, piece).result().slice(0, 0)
+        steps, start = [], 0
+        for step, own in zip(numbers, parts, strict=True):
+            rows, first = sum(part.num_rows for part in own), step * self.rows_per_step
+            everyones = min(first + self.rows_per_step, self._order.rows) - first
+            steps.append(Rows(table.slice(start, rows), Place(place.epoch, step), everyones))
+            start += rows
+        return Block(table, steps)
 
     def close(self) -> None:
         """Ends the thread; a later read starts another."""

@@ -19,7 +19,7 @@ from cdr_dist.data.feed import Feed
 from cdr_dist.data.lanes import lanes_of
 from cdr_dist.data.replicas import Replicas
 from cdr_dist.data.shards import ShardReader
-from cdr_dist.data.stream import Rows, Stream
+from cdr_dist.data.stream import Block, Stream
 from cdr_dist.embeddings.initialisation import initialise_dense
 from cdr_dist.embeddings.tables import ShardedTables
 from cdr_dist.embeddings.workers import rank, sum_over_workers, world_size
@@ -106,8 +106,8 @@ class Session:
         self.lower.close()
         self.dev.close()
 
-    def _build(self, rows: Rows) -> Batch:
-        return self.builder.train(rows.table, rows.place.epoch, rows.global_rows, self.hold_out).to(self.device)
+    def _build(self, block: Block) -> list[Batch]:
+        return [b.to(self.device) for b in self.builder.train_steps(block, self.hold_out)]
 
     def _perceptron(self) -> BehaviouralPerceptron:
         options = self.config.perceptron
