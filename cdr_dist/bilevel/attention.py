@@ -44,46 +44,50 @@ class PooledAttention(nn.Module):
 
         source [B, width]: a multiple of H, B / H source behaviours after one another share a history.
         """
-        return pooled_attention([self], [(rows, position, lengths)], source)[0]
+        return pooled_attention([self], [(rows, position, lengths)], source)
 
 
 def pooled_attention(
     attentions: Sequence[PooledAttention], histories: Sequence[tuple[Tensor, Tensor, Tensor]], source: Tensor
-) -> list[Tensor]:
+) -> Tensor:
     """Each attention over its own histories (rows, position, lengths: see `PooledAttention.forward`), all at once.
 
-    They have the same heads, widths, padding and number of histories -> [B, heads * d] each.
+    They have the same heads, widths, padding and number of histories -> [B, attentions * heads * d], side by side.
     """
     first = attentions[0]
     heads, width, padding = first.heads, first.head_width, first.padding
-    copies = len(source) // max(len(histories[0][2]), 1)
-    items, from_source, added, positions, offset = [], [], [], [], 0
+    shape = (len(histories[0][2]), len(source) // max(len(histories[0][2]), 1), len(attentions), heads, width)
+    items, positions, offset = [], [], 0
     for attention, (rows, position, _) in zip(attentions, histories, strict=True):
         half = rows.shape[1]
-        query, value = attention.query.weight, attention.value.weight
-        items.append(rows @ torch.cat([query[:, :half], attention.key.weight, value[:, :half]]).T)
-        query_side, value_side = (source @ torch.cat([query[:, half:], value[:, half:]]).T).chunk(2, dim=1)
-        from_source.append(query_side)
-        added.append(value_side)
+        key = attention.key.weight / math.sqrt(width)
+        items.append(rows @ torch.cat([attention.query.weight[:, :half], key, attention.value.weight[:, :half]]).T)
         positions.append(position + offset if offset else position)
         offset += len(rows)
     if padding is not None:  # one row of zeros that fills all histories up
         items.append(items[0].new_zeros(1, items[0].shape[1]))
-    unique = torch.cat(items).view(-1, 3, heads, width)
-    queries = torch.cat(from_source).view(-1, copies, heads, width)
-    position, lengths = torch.cat(positions), torch.cat([of for _, _, of in histories])
-    starts = lengths.cumsum(0) - lengths
-    buckets = _buckets(lengths, padding, 2.0 * heads * (width + 3 * copies))
-    found = [_bucket(unique, position, starts, lengths, queries, *bucket, padding) for bucket in buckets]
-    members = [rows for rows, _ in buckets]
+    sides = [a.query.weight[:, half:] for a in attentions] + [a.value.weight[:, half:] for a in attentions]
+    from_source, added = (source @ torch.cat(sides).T).chunk(2, dim=1)
+    # A history after its owner's other one: [H x attentions, heads, copies, d].
+    queries = from_source.reshape(shape).permute(0, 2, 3, 1, 4).flatten(0, 1)
+    of_domain = torch.stack([lengths for _, _, lengths in histories])
+    starts = (of_domain.flatten().cumsum(0).view_as(of_domain) - of_domain).T.flatten()
+    lengths = of_domain.T.flatten()
+    unique, position = torch.cat(items), torch.cat(positions)
     out = torch.zeros_like(queries)
-    if found:
-        out = out.index_copy(0, torch.cat(members), torch.cat(found))
+    if len(position) or padding is not None:
+        buckets = _buckets(lengths, padding, 2.0 * heads * (width + 3 * shape[1]))
+        found = [_bucket(unique, position, starts[m], lengths[m], queries[m], size, padding) for m, size in buckets]
+        members = [m for m, _ in buckets if isinstance(m, Tensor)]
+        if members:
+            out = out.index_copy(0, torch.cat(members), torch.cat(found))
+        elif found:
+            (out,) = found
     # With padding, the zeroed outputs of padded positions still count in the mean.
     taken = (lengths > 0).to(source.dtype) if padding is None else lengths.to(source.dtype) / padding
-    taken = taken.repeat_interleave(copies).unsqueeze(1) if copies != 1 else taken.unsqueeze(1)
-    whole = out.view(len(taken), heads * width) + torch.cat(added) * taken
-    return list(whole.chunk(len(attentions)))
+    out = out.view(shape[0], shape[2], heads, shape[1], width).permute(0, 3, 1, 2, 4)
+    whole = out + added.view(shape) * taken.view(shape[0], 1, shape[2], 1, 1)
+    return whole.reshape(len(source), -1)
 
 
 def _bucket(
@@ -92,58 +96,74 @@ def _bucket(
     starts: Tensor,
     lengths: Tensor,
     queries: Tensor,
-    members: Tensor,
     size: int,
     padding: int | None,
 ) -> Tensor:
-    """The members' histories side by side, each filled up to `size` -> [members, copies, heads, head_width]."""
-    length = lengths[members].unsqueeze(1)
-    column = torch.arange(size, device=length.device)
-    real = column < length  # [m, n]
-    place = (starts[members].unsqueeze(1) + column).clamp(max=max(len(position) - 1, 0))
-    filler = 0 if padding is None else len(unique) - 1
-    row = torch.where(real, position[place], filler) if len(position) else torch.full_like(place, filler)
-    q, k, v = unique.index_select(0, row.flatten()).view(*row.shape, *unique.shape[1:]).transpose(1, 3).unbind(2)
-    keys = k.transpose(2, 3) / math.sqrt(unique.shape[3])  # [m, heads, d, n]
-    between = q @ keys  # [m, heads, n, n]
-    from_source = queries[members].transpose(1, 2) @ keys  # [m, heads, copies, n]
-    over = length if padding is None else size
-    counted = (real.to(between.dtype) / over)[:, None, None, :]  # [m, 1, 1, n]: mean over queries
-    shares = _shares(between, from_source, counted, None if padding is not None else real[:, None, None, :])
-    return (shares @ v).transpose(1, 2)
+    """Some histories side by side, each filled up to `size`; queries [m, heads, copies, d] -> the same shape."""
+    heads, copies, width = queries.shape[1:]
+    column = torch.arange(size, device=lengths.device)
+    real = column < lengths.unsqueeze(1)  # [m, n]
+    place = starts.unsqueeze(1) + column
+    if padding is None:  # what stands there instead is masked
+        row = position[place.clamp_(max=len(position) - 1)]
+    else:
+        filled = torch.cat([position, position.new_full((1,), len(unique) - 1)])
+        row = filled[torch.where(real, place, len(position))]
+    split = unique.index_select(0, row.flatten()).view(*row.shape, 3, heads, width)
+    q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)  # [m, heads, n, d]
+    scores = torch.cat([q, queries], dim=2) @ k.transpose(2, 3)  # [m, heads, n + copies, n]
+    over = lengths.unsqueeze(1).clamp(min=1) if padding is None else size
+    counted = (real.to(scores.dtype) / over)[:, None, None, :]  # [m, 1, 1, n]: mean over queries
+    return _shares(scores, copies, counted, None if padding is not None else real[:, None, None, :]) @ v
 
 
 WIDE = 30.0
 """Scores further apart than this would lose digits in the factored softmax."""
 
 
-def _shares(between: Tensor, added: Tensor, counted: Tensor, real: Tensor | None) -> Tensor:
-    """sum_i counted_i softmax_j(between_ij + added_cj), [m, heads, copies, n]; j: the real positions (None: all)."""
-    if not added.numel():
-        return added
-    extremes = torch.stack([*torch.aminmax(between.detach()), *torch.aminmax(added.detach())])
-    low, high, low_added, high_added = extremes.tolist()
-    if high - low <= WIDE and high_added - low_added <= WIDE:  # and not NaN
-        a, b = (between - high).exp(), (added - high_added).exp()
+def _shares(scores: Tensor, copies: int, counted: Tensor, real: Tensor | None) -> Tensor:
+    """sum_i counted_i softmax_j(between_ij + added_cj), [m, heads, copies, n]; j: the real positions (None: all).
+
+    scores: between and below it added.
+    """
+    size = scores.shape[3]
+    if not scores.numel():
+        return scores[:, :, size:]
+    low, high = torch.stack(torch.aminmax(scores.detach())).tolist()
+    if high - low <= WIDE:  # and not NaN
+        a, b = _exp(scores, high).split([size, copies], dim=2)
         b = b if real is None else b * real
-        return b * ((counted / (b @ a.transpose(2, 3))) @ a)
+        # A history without a real position has no mass; elsewhere the smallest number of a float changes no bit.
+        mass = torch.baddbmm(_TINY.to(b), b.flatten(0, 1), a.flatten(0, 1).transpose(1, 2)).view_as(b)
+        return b * ((counted / mass) @ a)
+    between, added = scores.split([size, copies], dim=2)
     whole = between.unsqueeze(2) + added.unsqueeze(3)
     if real is not None:
-        whole = whole.masked_fill(~real.unsqueeze(2), -torch.inf)
+        whole = whole.masked_fill(~real.unsqueeze(2), torch.finfo(whole.dtype).min)
     return (whole.softmax(-1) * counted.unsqueeze(-1)).sum(3)
+
+
+_TINY = torch.tensor(1e-36)
+
+
+def _exp(scores: Tensor, high: float) -> Tensor:
+    """In place where nobody differentiates."""
+    return (scores - high).exp() if scores.requires_grad else scores.sub_(high).exp_()
 
 
 BUCKET_FLOPS = 5e5
 """About what a machine computes in the time that one more bucket takes to set up."""
 
 
-def _buckets(lengths: Tensor, padding: int | None, pair_flops: float) -> list[tuple[Tensor, int]]:
+def _buckets(lengths: Tensor, padding: int | None, pair_flops: float) -> list[tuple[Tensor | slice, int]]:
     """(rows, size) groups of similar length, so that little is filled up; few where there is little to compute.
+
+    A single one holds all rows, else empty histories are in none.
 
     Sizes are among 1, 2, 3, 4, 6, 8, 12, 16, …; pair_flops: of one pair of positions.
     """
     if padding is not None:
-        return [(torch.arange(len(lengths), device=lengths.device), padding)]
+        return [(slice(None), padding)]
     longest = int(lengths.max()) if len(lengths) else 0
     sizes, size = [0], 1
     while sizes[-1] < longest:
@@ -156,8 +176,10 @@ def _buckets(lengths: Tensor, padding: int | None, pair_flops: float) -> list[tu
         if of_size[i] * (top**2 - sizes[i] ** 2) * pair_flops > BUCKET_FLOPS:
             bounds.append(sizes[i])
             top = sizes[i]
+    if len(bounds) == 1:
+        return [(slice(None), longest)]
     bounds.append(0)
-    out = []
+    out: list[tuple[Tensor | slice, int]] = []
     for size, low in itertools.pairwise(bounds):
         members = ((lengths > low) & (lengths <= size)).nonzero().squeeze(1)
         if len(members):

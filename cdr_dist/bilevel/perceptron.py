@@ -43,7 +43,7 @@ class BehaviouralPerceptron(nn.Module):
         attentions = [cast(PooledAttention, self.attention[d]) for d in HISTORIES]
         histories = [(seen.history[d], seen.position[d], seen.lengths[d]) for d in HISTORIES]
         local = pooled_attention(attentions, histories, seen.item.detach())
-        return self.global_mlp(seen.item), self.local_mlp(torch.cat(local, dim=1))
+        return self.global_mlp(seen.item), self.local_mlp(local)
 
     def forward(self, seen: PerceptronInput) -> Tensor:
         """Scores [B]."""
@@ -134,11 +134,10 @@ def normalised(score: Tensor, valid: Tensor, gamma: Tensor) -> Tensor:
     """
     masked = torch.where(valid, score, -torch.inf)
     highest = masked.detach().max() if len(score) else score.new_tensor(-torch.inf)
-    highest = max_over_workers(highest)
-    shifted = torch.where(valid, score - torch.where(highest.isfinite(), highest, 0.0), 0.0)
-    mass = torch.where(valid, shifted.exp(), 0.0)
-    total = sum_over_workers(mass.sum())
-    return gamma * mass / torch.where(total > 0, total, 1.0)
+    highest = max_over_workers(highest).clamp(min=torch.finfo(score.dtype).min)
+    mass = (masked - highest).exp()
+    total = sum_over_workers(mass.sum())  # at least 1, the highest row's, or 0: no row is valid
+    return mass * (gamma / total.clamp(min=1.0))
 
 
 class _Mlp(nn.ModuleList):
@@ -149,5 +148,5 @@ class _Mlp(nn.ModuleList):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in list(self)[:-1]:
-            x = layer(x).relu()
+            x = layer(x).relu_()
         return self[-1](x).squeeze(1)
