@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class CoNet(PerExampleLosses):
             return Output(self.target_head(target).squeeze(1), None, target)
         # Both towers are one: [a_t; a_s] times [[W_t, H], [H, W_s]], a third of the operators. The user, which both
         # begin with, goes in once.
-        both = torch.cat([embedded[f] for f in (*_TARGET, *_SOURCE)], dim=1)
+        both = _SideBySide.apply(*(embedded[f] for f in (*_TARGET, *_SOURCE)))
         layers = zip(*map(_parameters, (self.target_tower, self.source_tower, self.cross)), strict=True)
         for i, ((w_t, b_t), (w_s, b_s), (h, _)) in enumerate(layers):
             weight = _joined(w_t, w_s, h) if i else _joined_first(w_t, w_s, h, embedded["user"].shape[1])
@@ -86,6 +87,21 @@ def _joined(w_t: Tensor, w_s: Tensor, h: Tensor) -> Tensor:
 
 def _joined_first(w_t: Tensor, w_s: Tensor, h: Tensor, width: int) -> Tensor:
     """Of inputs [user; target item; target category; source item; source category]."""
-    (t_user, t_own), (s_user, s_own), (h_user, h_other) = (w.tensor_split([width], dim=1) for w in (w_t, w_s, h))
+    (t_user, t_own), (s_user, s_own), (h_user, h_other) = (
+        w.split([width, w.shape[1] - width], dim=1) for w in (w_t, w_s, h)
+    )
     target, source = [t_user + h_user, t_own, h_other], [s_user + h_user, h_other, s_own]
     return torch.cat([torch.cat(target, 1), torch.cat(source, 1)])
+
+
+class _SideBySide(torch.autograd.Function):
+    """Matrices as one. torch.cat, differentiated twice, adds up as many matrices of the whole's size."""
+
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        ctx.sizes = [part.shape[1] for part in parts]
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient.split(ctx.sizes, dim=1)
