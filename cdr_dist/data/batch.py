@@ -27,6 +27,7 @@ from cdr_dist.data.stream import Block
 
 _EXAMPLE = ["example_id", "user", "item", "category", "label"]
 _CANDIDATES = ["source_candidates_item", "source_candidates_category", "source_candidates_label"]
+# Of the user's other training behaviours: negatives avoid the items, dev batches and the hold-out need all.
 _PEERS = ["target_candidates_item", "target_candidates_category", "target_candidates_label", "position"]
 _HISTORIES = [f"{d}_history_{part}" for d in ("target", "source") for part in ("item", "category")]
 
@@ -126,7 +127,7 @@ class BatchBuilder:
     def columns(self, split: str) -> list[str]:
         wanted = list(_EXAMPLE)
         if split == "train":
-            wanted += _PEERS
+            wanted += _PEERS if self._histories else _PEERS[: int(self._sampled)]
         elif self._sampled:
             wanted.append("negatives_item")
         if self._source:
