@@ -14,6 +14,7 @@ from cdr_dist.configuration import from_words
 from cdr_dist.data.feed import Fed, Feed
 from cdr_dist.data.stream import Place
 from cdr_dist.training.launch import alone, quiet_libraries
+from cdr_dist.training.memory import keep_freed_memory
 from cdr_dist.training.session import Session
 from cdr_dist.training.worker import phases_of
 
@@ -45,6 +46,7 @@ class Training:
         self, held: ExitStack, folder: str, words: Sequence[str], resident: int = 0, upper: bool = True
     ) -> None:
         quiet_libraries()
+        keep_freed_memory()
         if not dist.is_initialized():
             held.enter_context(alone())
         config = from_words(["trainer.workers=0", *words, f"data={folder}"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -160,3 +162,15 @@ def _too_much(wanted: Need, config: TrainConfig, needs: str, limit: int, what: s
 
 def _gib(count: int) -> str:
     return f"{count / GIB:.2f} GiB"
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what is freed for the next step: its pages, given back and fetched anew in every step, take
+    a fifth of one at batch 16,384. Nothing happens with another allocator."""
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
+            mallopt(option, value)
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3

@@ -26,7 +26,7 @@ from cdr_dist.training.digest import parameters_sha256
 from cdr_dist.training.evaluate import evaluate
 from cdr_dist.training.learned_weights import against_truth, weights_by_category
 from cdr_dist.training.loop import Loop, Phase
-from cdr_dist.training.memory import check_memory_here
+from cdr_dist.training.memory import check_memory_here, keep_freed_memory
 from cdr_dist.training.run_folder import SCORES, RunFolder
 from cdr_dist.training.session import Session
 from cdr_dist.training.start_vectors import start_from_vectors
@@ -40,6 +40,7 @@ def work(config: TrainConfig, folder: str, run: str, token: str = "") -> dict[st
     torch.distributed is initialised. token: of the run folder's lease, which checkpoints are written under.
     """
     torch.set_num_threads(config.trainer.threads)
+    keep_freed_memory()
     phases = phases_of(config)
     memory = check_memory_here(config, read_manifest(folder))
     session = Session(config, folder, [update for phase in phases for update in phase.cycle], memory)
