@@ -18,13 +18,16 @@ SECONDS = 120
 """A job that takes longer hangs."""
 
 
-def job(name, main, given, crash="", screen="/dev/null"):
+def job(name, main, given, crash="", screen="/dev/null", killed_after_s=None):
     """The exit code of `jobs/NAME.py WORDS`; crash: the point where it dies, as CDR_CRASH says it."""
     stores = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     process = _FORKS.Process(
         target=_run, args=(name, main, list(map(str, given)), stores | {"CDR_CRASH": crash}, str(screen))
     )
     process.start()
+    if killed_after_s is not None:
+        process.join(killed_after_s)
+        process.kill()
     process.join(SECONDS)
     if process.is_alive():
         process.kill()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 from contextlib import suppress
@@ -167,7 +166,7 @@ def _gib(count: int) -> str:
 def keep_freed_memory() -> None:
     """Tells glibc to keep what is freed for the next step: its pages, given back and fetched anew in every step, take
     a fifth of one at batch 16,384. Nothing happens with another allocator."""
-    with contextlib.suppress(AttributeError, OSError):
+    with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
             mallopt(option, value)
