@@ -11,7 +11,7 @@ differentiate twice through it; what only needs values uses `read`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -122,17 +122,31 @@ class ShardedTables:
     def updates(self, count: int) -> None:
         self._kernel.set_optimizer_step(count)
 
+    def blocks(self, table: str, most_bytes: int = 64 << 20) -> Iterator[Tensor]:
+        """The rows of a whole table without padding, in order, a block at a time on worker 0; nothing elsewhere.
+
+        Every worker goes through it to its end.
+        """
+        _, shard = self.shards()[table]
+        rows, each = self.specs[table].rows, self.rows_per_worker(table)
+        size = max(1, most_bytes // (4 * shard.shape[1]))
+        for owner in range(world_size()):
+            first = owner * each
+            for start in range(first, min(first + each, rows), size):
+                stop = min(start + size, first + each, rows)
+                if rank() == owner == 0:
+                    yield shard[start:stop].detach().cpu()
+                elif rank() == owner:
+                    dist.send(shard[start - first : stop - first].contiguous(), 0)
+                elif rank() == 0:
+                    block = shard.new_empty(stop - start, shard.shape[1])
+                    dist.recv(block, owner)
+                    yield block.cpu()
+
     def unsharded(self, table: str) -> Tensor | None:
         """The whole table without padding rows, [rows, width] on worker 0 (None elsewhere)."""
-        _, shard = self.shards()[table]
-        if world_size() == 1:
-            return shard[: self.specs[table].rows].detach().cpu()
-        block = self.rows_per_worker(table)
-        padded = torch.zeros(block, shard.shape[1], dtype=shard.dtype)
-        padded[: shard.shape[0]] = shard.cpu()
-        parts = [torch.empty_like(padded) for _ in range(world_size())] if dist.get_rank() == 0 else None
-        dist.gather(padded, parts)
-        return torch.cat(parts)[: self.specs[table].rows] if parts is not None else None
+        found = list(self.blocks(table))
+        return torch.cat(found) if rank() == 0 else None
 
     def _exchange(self, ids: Mapping[str, Tensor]) -> tuple[RowExchange, dict[str, Tensor]]:
         """The exchange of each table's unique ids, and which of them each id is. All workers name the same tables."""
