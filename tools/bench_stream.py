@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from cdr_dist.data import storage
+from cdr_dist.data.feed import BLOCK_ROWS, BLOCK_STEPS
 from cdr_dist.data.stream import Place
 from cdr_dist.errors import UserError
 from tools.bench_case import Build, Case
@@ -46,8 +47,9 @@ def case(quick: bool, place: str, recipe: str, batch: int, held: ExitStack) -> C
         session.folder = folder
     feed = session.training_feed("lower", batch)
     held.callback(feed.close)
-    # The feed builds up to three batches ahead: they must not be the next epoch's, whose start reads all windows.
-    steps = feed.steps_per_epoch - 4
+    # The feed builds up to three blocks ahead: they must not be the next epoch's, whose start reads all windows.
+    ahead = 3 * max(1, min(BLOCK_STEPS, BLOCK_ROWS // batch)) + 1
+    steps = max(1, feed.steps_per_epoch - ahead)
     epochs = itertools.count()
 
     def ours() -> None:
