@@ -90,7 +90,7 @@ OPTIONS = {
     "no epochs": (["trainer.epochs=0"], "trainer.epochs=0: must be at least 1"),
     "a word for a list": (["hypergradient.theta=user"], "hypergradient.theta: ", "lists are written [64,32]"),
     "no such table": (["hypergradient.theta=[usr]"], "hypergradient.theta: 'usr' is unknown; did you mean 'user'?"),
-    "logits in a column": (backbone("TwoColumns"), "two rows do not go through it", "size"),
+    "logits in a column": (backbone("TwoColumns"), "target_logit of 2 rows has shape [2, 1], not [2]"),
     "another width": (
         backbone("NoWidth"),
         "target_features of 2 rows has shape [2, 8], not [2, target_feature_width=9]",
