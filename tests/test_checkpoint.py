@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -224,14 +225,34 @@ def test_older_checkpoints_that_cannot_be_removed_cost_nothing(tmp_path):
 
     def act(kept, progress):
         progress.step = 11
+        kept.save(progress)
+        progress.step = 12
         with replaced(storage, "remove_folder", broken):
             kept.save(progress)
-        assert [s.step for s in checkpoint.complete(f"{config.run}/checkpoints")][-1] == 11
-        progress.step = 12
-        kept.save(progress)
         assert [s.step for s in checkpoint.complete(f"{config.run}/checkpoints")] == [10, 12]  # the best, the newest
+        assert Path(f"{config.run}/checkpoints/step-00000011").exists()
+        progress.step = 13
+        kept.save(progress)
+        assert sorted(p.name[-2:] for p in Path(f"{config.run}/checkpoints").iterdir()) == ["10", "13"]
 
     alone(config, act)
+
+
+def test_what_one_worker_cannot_write_no_worker_completes(tmp_path):
+    config = from_words(finished(tmp_path / "run"))
+    on_workers(2, save_where_worker_1_cannot, config)
+    assert [p.name for p in Path(f"{config.run}/checkpoints").iterdir()] == ["step-00000010"]
+
+
+def save_where_worker_1_cannot(rank, config):
+    session = Session(config, config.data, [u for phase in phases_of(config) for u in phase.cycle])
+    kept = Checkpoints(f"{config.run}/checkpoints", session, 1)
+    progress = kept.load(kept.newest())
+    progress.step = 11
+    fails = replaced(checkpoint, "write_rows", broken) if rank else contextlib.nullcontext()
+    with fails, pytest.raises(UserError, match=r"no room.*earlier ones are intact"):
+        kept.save(progress)
+    session.close()
 
 
 def test_a_job_that_lost_its_lease_removes_nothing(tmp_path):

@@ -19,7 +19,7 @@ SEED = int(os.environ.get("CDR_SEED", "8"))
 def given(run):
     often = ("trainer.checkpoint_every=5", "trainer.keep=2", "evaluation.every=100", "evaluation.patience=0")
     return words(
-        rated(), run, "recipe=biao", "upper.interval=7", "trainer.max_steps=1500", "trainer.epochs=100", *often
+        rated(), run, "recipe=biao", "upper.interval=7", "trainer.max_steps=6000", "trainer.epochs=400", *often
     )
 
 
