@@ -119,8 +119,23 @@ def read_manifest(folder: str) -> Manifest:
             raise UserError(f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}; prepare it again")
         raw["shards"] = {split: [Shard(**s) for s in raw["shards"][split]] for split in SPLITS}
         raw["vocab"] = {name: Shard(**raw["vocab"][name]) for name in VOCABULARIES}
-        return Manifest(**raw)
+        manifest = Manifest(**raw)
+        _check_numbers(manifest)
+        return manifest
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged manifest ({error}); prepare the dataset again") from error
+
+
+def _check_numbers(manifest: Manifest) -> None:
+    """TypeError: something that must be a number, or a text, is not."""
+    files = [s for of in manifest.shards.values() for s in of] + list(manifest.vocab.values())
+    numbers = [manifest.seed, manifest.eval_negatives, *manifest.rows.values(), *manifest.counts.values()]
+    numbers += [n for s in files for n in (s.rows, s.bytes, *s.row_groups)]
+    for value in numbers:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{value!r} where a whole number belongs")
+    for text in [manifest.label, *(text for s in files for text in (s.path, s.sha256))]:
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} where a text belongs")

@@ -87,7 +87,12 @@ class RunFolder:
     def config(self) -> TrainConfig:
         if self.is_new():
             raise UserError(f"{self.uri}: not a run (no {CONFIG})")
-        return configuration.from_yaml(storage.read_bytes(self.file(CONFIG)).decode())
+        content = storage.read_bytes(self.file(CONFIG))
+        try:
+            return configuration.from_yaml(content.decode())
+        except Exception as error:  # of YAML, of OmegaConf, of our options
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{self.file(CONFIG)}: damaged configuration ({reason}); choose another run=") from error
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run."""
