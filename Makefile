@@ -1,6 +1,6 @@
 # make train: the main job on a fresh machine.  make test: the tests.  make test-s3: those of object storage on a real
 # server (Debian, root).  make bench-check: is anything slower?  make soak: a hundred kills, 10,000 histories, 200 damaged
-# inputs (an hour).  make mutants: are planted bugs found?  ACCEL=gpu for CUDA.
+# inputs (long).  make mutants: are planted bugs found?  ACCEL=gpu for CUDA.
 export ACCEL ?= cpu
 python = .venv/bin/python
 

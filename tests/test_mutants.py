@@ -1,4 +1,4 @@
-"""The bugs that `make mutants` plants still fit the tree; whether each is found takes an hour and is not asked here."""
+"""The bugs that `make mutants` plants still fit the tree; whether each is found takes long and is not asked here."""
 
 from __future__ import annotations
 

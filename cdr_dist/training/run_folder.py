@@ -92,7 +92,9 @@ class RunFolder:
             return configuration.from_yaml(content.decode())
         except Exception as error:  # of YAML, of OmegaConf, of our options
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{self.file(CONFIG)}: damaged configuration ({reason}); choose another run=") from error
+            raise UserError(
+                f"{self.file(CONFIG)}: damaged, or of another version ({reason}); choose another run="
+            ) from error
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run."""
