@@ -83,7 +83,7 @@ class Worker:
         options = StreamOptions(lanes=shape.lanes, window=shape.window)
         reader = Memory(shape.groups)
         stream = Stream(reader, shape.rows_per_step, options, shape.seed, "lower", rank=rank, workers=workers)
-        self.feed = Feed(stream, lambda block: [rows.table["example_id"].to_pylist() for rows in block.steps])
+        self.feed = Feed(stream, lambda block: [rows.stored["example_id"].tolist() for rows in block.steps])
 
 
 class World:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from cdr_dist.data.batch import BatchBuilder, HoldOut
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.options import BatchOptions
+from cdr_dist.data.stored_rows import StoredRows
 from tests import datasets
 
 
@@ -34,9 +36,9 @@ def column(batch, name):
 
 def test_a_batch_is_the_same_in_parts_and_in_any_order(data):
     make, table = builder(data), stored(data)
-    whole = make.train(table, 3, table.num_rows)
+    whole = make.train(StoredRows.of(table), 3, table.num_rows)
     order = np.random.default_rng(0).permutation(table.num_rows)
-    shuffled = make.train(table.take(order), 3, table.num_rows)
+    shuffled = make.train(StoredRows.of(table.take(order)), 3, table.num_rows)
     k = make.expansion
     rows = (order[:, None] * k + np.arange(k)).ravel()
     for name in whole.train.keys():
@@ -50,8 +52,11 @@ def test_a_batch_is_the_same_in_parts_and_in_any_order(data):
 
 def test_epochs_and_seeds_draw_anew(data):
     table = stored(data)
-    first = builder(data).train(table, 0, 1)
-    for other in (builder(data).train(table, 1, 1), builder(data, seed=9).train(table, 0, 1)):
+    first = builder(data).train(StoredRows.of(table), 0, 1)
+    for other in (
+        builder(data).train(StoredRows.of(table), 1, 1),
+        builder(data, seed=9).train(StoredRows.of(table), 0, 1),
+    ):
         assert not np.array_equal(column(first, "source_item"), column(other, "source_item"))
 
 
@@ -66,7 +71,7 @@ def test_training_negatives_avoid_the_users_training_positives_and_nothing_else(
         zip(stored(folder, "test")["user"].to_pylist(), stored(folder, "test")["item"].to_pylist(), strict=True)
     )
     for epoch in range(10):
-        batch = make.train(table, epoch, 1)
+        batch = make.train(StoredRows.of(table), epoch, 1)
         negative = batch.label.numpy() == 0
         assert negative.sum() == 3 * table.num_rows
         for user, item in zip(column(batch, "user")[negative], column(batch, "target_item")[negative], strict=True):
@@ -85,7 +90,7 @@ def test_source_draws_are_the_users_own_behaviours_or_negatives_in_the_right_sha
     own = dict(zip(table["user"].to_pylist(), table["source_candidates_item"].to_pylist(), strict=True))
     labels = []
     for epoch in range(5):
-        batch = make.train(table, epoch, 1)
+        batch = make.train(StoredRows.of(table), epoch, 1)
         for user, item, label in zip(
             column(batch, "user"), column(batch, "source_item"), batch.source_label.tolist(), strict=True
         ):
@@ -97,7 +102,7 @@ def test_source_draws_are_the_users_own_behaviours_or_negatives_in_the_right_sha
 def test_evaluation_draws_do_not_change_and_negatives_are_the_stored_ones():
     folder = str(datasets.sampled())
     table, make = stored(folder, "test"), builder(folder)
-    a, b = make.evaluate(table, table.num_rows), make.evaluate(table, table.num_rows)
+    a, b = make.evaluate(StoredRows.of(table), table.num_rows), make.evaluate(StoredRows.of(table), table.num_rows)
     assert np.array_equal(column(a, "source_item"), column(b, "source_item"))
     rows = column(a, "target_item").reshape(table.num_rows, 6)
     assert rows[:, 0].tolist() == table["item"].to_pylist()
@@ -107,7 +112,7 @@ def test_evaluation_draws_do_not_change_and_negatives_are_the_stored_ones():
 
 def test_histories_keep_the_most_recent(data):
     table = stored(data)
-    batch = builder(data, history_length=3).train(table, 0, 1)
+    batch = builder(data, history_length=3).train(StoredRows.of(table), 0, 1)
     found = batch.read["source_history_item"].to_dense()  # negatives share the history of their row
     assert [f.tolist() for f in found] == [whole[-3:] for whole in table["source_history_item"].to_pylist()]
 
@@ -115,7 +120,7 @@ def test_histories_keep_the_most_recent(data):
 def test_dev_behaviours_are_other_training_behaviours_of_the_same_users(data):
     table, make = stored(data), builder(data)
     k = make.expansion
-    batch = make.dev_of_same_users(table, 0, table.num_rows)
+    batch = make.dev_of_same_users(StoredRows.of(table), 0, table.num_rows)
     assert column(batch, "user")[::k].tolist() == table["user"].to_pylist()
     chosen, peers = column(batch, "target_item")[::k], table["target_candidates_item"].to_pylist()
     for item, others, position in zip(chosen, peers, table["position"].to_pylist(), strict=True):
@@ -131,9 +136,9 @@ def test_held_out_behaviours_leave_the_lower_batches_and_make_the_dev_batches(da
     number = {user: len(items) for user, items in peers.items()}
     for epoch in range(0, 12, 2):
         hold_out = HoldOut(seed=8, share=share, epochs=2)
-        lower = make.train(table, epoch, table.num_rows, hold_out)
-        again = make.train(table, epoch + 1, table.num_rows, hold_out)
-        dev = make.dev_of_same_users(table, epoch, table.num_rows, hold_out)
+        lower = make.train(StoredRows.of(table), epoch, table.num_rows, hold_out)
+        again = make.train(StoredRows.of(table), epoch + 1, table.num_rows, hold_out)
+        dev = make.dev_of_same_users(StoredRows.of(table), epoch, table.num_rows, hold_out)
         assert torch.equal(lower.weight, again.weight)  # the same for a period of two epochs
         left_out = lower.weight[::k].numpy() == 0
         held = set(zip(column(lower, "user")[::k][left_out], table["position"].to_numpy()[left_out], strict=True))
@@ -150,8 +155,26 @@ def test_held_out_behaviours_leave_the_lower_batches_and_make_the_dev_batches(da
     assert len(set.union(*periods)) > 2 * len(periods[0])  # it rotates
 
 
+def test_categories_are_those_that_the_dataset_stores_with_every_behaviour(data):
+    """Also an unknown item's."""
+    make, table = builder(data), stored(data)
+    k = make.expansion
+    batch = make.train(StoredRows.of(table), 0, 1)
+    assert column(batch, "target_category")[::k].tolist() == table["category"].to_pylist()
+    for domain in ("target", "source"):
+        found = batch.read[f"{domain}_history_category"].to_dense()
+        assert [f.tolist() for f in found] == table[f"{domain}_history_category"].to_pylist()
+    of_item = dict(zip(table["item"].to_pylist(), table["category"].to_pylist(), strict=True))
+    item, category = column(batch, "target_item"), column(batch, "target_category")
+    assert all(of_item.get(i, c) == c for i, c in zip(item.tolist(), category.tolist(), strict=True))
+    tests = stored(data, "test")
+    ids = pa.array([1] * tests.num_rows, pa.int32())
+    unknown = StoredRows.of(tests.set_column(tests.schema.get_field_index("item"), "item", ids))
+    assert column(make.evaluate(unknown, 1), "target_category")[0] == 1
+
+
 def test_a_worker_without_rows_gets_one_filler(data):
-    batch = builder(data).train(stored(data).slice(0, 0), 0, 10)
+    batch = builder(data).train(StoredRows.of(stored(data).slice(0, 0)), 0, 10)
     assert len(batch) == 1
     assert batch.weight.tolist() == [0]
     assert not batch.source_valid.any()

@@ -53,7 +53,7 @@ def test_a_plan_that_does_not_fit(workers, check, large, monkeypatch, capsys):
     assert (code, shown.out) == (2, "")
     (line,) = shown.err.splitlines()
     each = 10**10 * 13 * 4 / GIB / max(workers, 1)
-    needed = 4 * each + PROCESS_BYTES / GIB + 2 * 8 * 10**10 / GIB
+    needed = 4 * each + PROCESS_BYTES / GIB + 2 * 4 * 10**10 / GIB
     for part in (
         f"a worker needs {needed:.2f} GiB (tables {2 * each:.2f} GiB, checkpoint copy {2 * each:.2f} GiB, process ",
         f"{each:.2f} GiB, ",
@@ -74,8 +74,8 @@ def test_a_plan_that_fits_passes_and_the_budget_decides(workers, tmp_path):
         return check_memory(config, read_manifest(str(dataset)))
 
     each = 10**6 * 52 / max(workers, 1)
-    assert checked().host == pytest.approx(PROCESS_BYTES + 2 * each + 8 * 10**6, rel=1e-3)
-    limit = (PROCESS_BYTES + 1.5 * each + 8 * 10**6) / GIB
+    assert checked().host == pytest.approx(PROCESS_BYTES + 2 * each + 4 * 10**6, rel=1e-3)
+    limit = (PROCESS_BYTES + 1.5 * each + 4 * 10**6) / GIB
     with pytest.raises(UserError, match=r"allowed by trainer.memory_gb. Take .* or trainer.checkpoint=in_place"):
         checked(f"trainer.memory_gb={limit}")
     checked(f"trainer.memory_gb={limit}", "trainer.checkpoint=in_place")

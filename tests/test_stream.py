@@ -56,7 +56,7 @@ def stream(row_groups, size, lanes, window, rank=0, workers=1, seed=3, name="low
 
 
 def rows(stream, place):
-    return stream.read(place).table.column("row").to_pylist()
+    return stream.read(place).stored["row"].tolist()
 
 
 shapes = st.fixed_dictionaries(
@@ -148,13 +148,13 @@ def test_all_reading_is_in_one_thread_which_close_ends():
 
     threads = set()
     last = Stream(Where([5]), 4, StreamOptions(lanes=4, window=2), 3, "lower", rank=3, workers=4)
-    assert [last.read(Place(0, step)).table.num_rows for step in range(2)] == [1, 0]
+    assert [len(last.read(Place(0, step)).stored) for step in range(2)] == [1, 0]
     reading = threads.pop()
     assert not threads
     assert reading is not threading.current_thread()
     last.close()
     assert not reading.is_alive()
-    assert last.read(Place(1, 0)).table.num_rows == 1
+    assert len(last.read(Place(1, 0)).stored) == 1
     last.close()
 
 

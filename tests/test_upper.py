@@ -11,6 +11,7 @@ from cdr_dist.bilevel.optimiser import AdaGradNorm
 from cdr_dist.data.batch import BatchBuilder, HoldOut
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.options import BatchOptions
+from cdr_dist.data.stored_rows import StoredRows
 from tests import datasets
 
 
@@ -31,7 +32,10 @@ def column(batch, name):
 
 def test_every_draw_is_the_same_rows_with_other_source_behaviours(data):
     table, make = opened(data)
-    once, thrice = make.train(table, 0, table.num_rows), make.train(table, 0, table.num_rows, draws=3)
+    once, thrice = (
+        make.train(StoredRows.of(table), 0, table.num_rows),
+        make.train(StoredRows.of(table), 0, table.num_rows, draws=3),
+    )
     assert len(thrice) == 3 * len(once)
 
     def by_draw(values):  # a row's draws stand after one another, each with the row's negatives
@@ -55,7 +59,7 @@ def test_every_draw_is_the_same_rows_with_other_source_behaviours(data):
 def test_dev_behaviours_of_a_row_are_different_ones(data, hold_out):
     table, make = opened(data)
     k, each = make.expansion, 3
-    batch = make.dev_of_same_users(table, 0, table.num_rows, hold_out, each)
+    batch = make.dev_of_same_users(StoredRows.of(table), 0, table.num_rows, hold_out, each)
     counts = batch.weight[::k].numpy().reshape(-1, each)
     items = column(batch, "target_item")[::k].reshape(-1, each)
     number = np.array([len(peers) for peers in table["target_candidates_item"].to_pylist()])

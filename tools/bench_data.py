@@ -17,6 +17,7 @@ from cdr_dist.data.dataset import (
     EXAMPLE_SCHEMA,
     FIRST_ID,
     ITEM_VOCAB_SCHEMA,
+    PARQUET,
     POSITIVES,
     ROW_GROUP_ROWS,
     SPLITS,
@@ -142,7 +143,7 @@ def _write(folder: Path, path: str, table: pa.Table) -> Shard:
     file = folder / path
     file.parent.mkdir(exist_ok=True)
     groups_of = 1 << 20 if path.startswith("vocab/") else ROW_GROUP_ROWS
-    pq.write_table(table, file, compression="zstd", use_dictionary=False, row_group_size=groups_of)
+    pq.write_table(table, file, **PARQUET, row_group_size=groups_of)
     metadata = pq.ParquetFile(file).metadata
     groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     content = file.read_bytes()

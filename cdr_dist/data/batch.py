@@ -18,18 +18,20 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cdr_dist.data import storage
-from cdr_dist.data.dataset import Manifest
+from cdr_dist.data.dataset import PADDING, UNKNOWN, Manifest
 from cdr_dist.data.hashing import integers, key, mix, uniform
 from cdr_dist.data.lists import Lists
 from cdr_dist.data.negatives import draw_negatives
 from cdr_dist.data.options import BatchOptions
+from cdr_dist.data.stored_rows import StoredRows
 from cdr_dist.data.stream import Block
 
-_EXAMPLE = ["example_id", "user", "item", "category", "label"]
-_CANDIDATES = ["source_candidates_item", "source_candidates_category", "source_candidates_label"]
+# Categories are those of the items (as in the vocabulary), which costs less than reading them row by row.
+_EXAMPLE = ["example_id", "user", "item", "label"]
+_CANDIDATES = ["source_candidates_item", "source_candidates_label"]
 # Of the user's other training behaviours: negatives avoid the items, dev batches and the hold-out need all.
-_PEERS = ["target_candidates_item", "target_candidates_category", "target_candidates_label", "position"]
-_HISTORIES = [f"{d}_history_{part}" for d in ("target", "source") for part in ("item", "category")]
+_PEERS = ["target_candidates_item", "target_candidates_label", "position"]
+_HISTORIES = ["target_history_item", "source_history_item"]
 
 
 _COLUMNS = ("label", "source_label", "source_valid", "weight", "user", "example")
@@ -115,9 +117,8 @@ class BatchBuilder:
         self._sampled = manifest.label == "sampled"
         self._eval_negatives = manifest.eval_negatives
         self._items = {d: manifest.rows[f"{d}_item"] for d in ("source", "target")}
-        self._category = {
-            d: item_categories(folder, manifest, d) for d in (("source", "target") if source else ("target",))
-        }
+        domains = ("source", "target") if source or histories else ("target",)
+        self._category = {d: item_categories(folder, manifest, d) for d in domains}
 
     @property
     def expansion(self) -> int:
@@ -137,17 +138,16 @@ class BatchBuilder:
         return wanted
 
     def train(
-        self, table: pa.Table, epoch: int, global_rows: int, hold_out: HoldOut | None = None, draws: int = 1
+        self, stored: StoredRows, epoch: int, global_rows: int, hold_out: HoldOut | None = None, draws: int = 1
     ) -> Batch:
         """global_rows: stored rows of the global step; the batch counts its negatives too.
 
         Rows that `hold_out` keeps for the dev loss get weight 0 (global_rows still counts them). draws: how often every
         row comes, each time with another draw of its source behaviour.
         """
-        stored = _Stored(table)
         copies = _Copies(len(stored), draws)
-        item, category, label = (stored[name][copies.row] for name in ("item", "category", "label"))
-        batch = self._with_negatives(stored, copies, item, category, label, "", epoch, global_rows)
+        item, label = stored["item"][copies.row], stored["label"][copies.row]
+        batch = self._with_negatives(stored, copies, item, label, "", epoch, global_rows)
         if hold_out is not None and len(stored):
             held = hold_out.of(stored["user"], stored.lists("target_candidates_item").lengths, epoch)
             kept = ~held.contains(stored["position"])
@@ -157,20 +157,19 @@ class BatchBuilder:
     def train_steps(self, block: Block, hold_out: HoldOut | None = None) -> list[Batch]:
         """`train` for every step of a block, made together."""
         every = [rows.global_rows for rows in block.steps]
-        stored = [rows.table.num_rows for rows in block.steps]
+        stored = [len(rows.stored) for rows in block.steps]
         if 0 in stored:
-            return [self.train(r.table, r.place.epoch, r.global_rows, hold_out) for r in block.steps]
-        whole = self.train(block.table, block.steps[0].place.epoch, sum(every), hold_out)
+            return [self.train(r.stored, r.place.epoch, r.global_rows, hold_out) for r in block.steps]
+        whole = self.train(block.stored, block.steps[0].place.epoch, sum(every), hold_out)
         return _split(whole, stored, [rows * self.expansion for rows in every])
 
     def dev_of_same_users(
-        self, table: pa.Table, epoch: int, global_rows: int, hold_out: HoldOut | None = None, each: int = 1
+        self, stored: StoredRows, epoch: int, global_rows: int, hold_out: HoldOut | None = None, each: int = 1
     ) -> Batch:
         """For every stored row `each` other training behaviours of its user: any others, or some of those held out.
 
         What a user has too few of has weight 0 (global_rows still counts it).
         """
-        stored = _Stored(table)
         copies = _Copies(len(stored), each)
         row, turn = copies.row, copies.copy
         peers, position = stored.lists("target_candidates_item"), stored["position"][row]
@@ -184,20 +183,17 @@ class BatchBuilder:
             count, chosen = held.count, held.one(bits, turn)
         valid = turn < count
         chosen = np.where(valid, chosen, 0)
-        item, category, label = (
-            stored.lists(f"target_candidates_{part}").pick(row, chosen) for part in ("item", "category", "label")
-        )
-        batch = self._with_negatives(stored, copies, item, category, label, "dev_", epoch, global_rows)
+        item, label = (stored.lists(f"target_candidates_{part}").pick(row, chosen) for part in ("item", "label"))
+        batch = self._with_negatives(stored, copies, item, label, "dev_", epoch, global_rows)
         if len(stored):
             batch.weight = torch.from_numpy(np.repeat(valid, self.expansion)).float()
         return batch
 
     def _with_negatives(
         self,
-        stored: _Stored,
+        stored: StoredRows,
         copies: _Copies,
         item: NDArray,
-        category: NDArray,
         label: NDArray,
         name: str,
         epoch: int,
@@ -207,64 +203,59 @@ class BatchBuilder:
         k = self.expansion - 1
         place, j = _expanded(len(item), k)
         row = copies.row[place]
-        item, category = item[place].astype(np.int64), category[place].astype(np.int64)
+        item = item[place].astype(np.int64)
         label = np.where(j > 0, 0.0, label[place])
         negative = np.flatnonzero(j > 0)
         if len(negative):
-            peers = stored.lists("target_candidates_item")
             item[negative] = draw_negatives(
                 key(f"{name}negative", self._seed),
                 (epoch, stored["example_id"][row[negative]], j[negative]),
                 row[negative],
-                peers.owner,
-                peers.values,
+                *_owned(stored.lists("target_candidates_item")),
                 self._items["target"],
             )
-            category[negative] = self._category["target"][item[negative]]
         draw = j + (k + 1) * copies.copy[place]
         rows = global_rows * copies.each * self.expansion
-        return self._assemble(stored, row, draw, item, category, label, epoch, k, rows)
+        return self._assemble(stored, row, draw, item, label, epoch, k, rows)
 
-    def evaluate(self, table: pa.Table, global_rows: int) -> Batch:
+    def evaluate(self, stored: StoredRows, global_rows: int) -> Batch:
         """Stored negatives, and a fixed draw of the source behaviour (the one of epoch -1)."""
-        stored = _Stored(table)
         k = self._eval_negatives if self._sampled else 0
         row, j = _expanded(len(stored), k)
-        item, category, label = stored["item"][row], stored["category"][row], stored["label"][row].astype(np.float64)
+        item, label = stored["item"][row], stored["label"][row].astype(np.float64)
         negative = np.flatnonzero(j > 0)
         if len(negative):
-            kept = stored.lists("negatives_item")
-            item[negative] = kept.pick(row[negative], j[negative] - 1)
-            category[negative] = self._category["target"][item[negative]]
+            item[negative] = stored.lists("negatives_item").pick(row[negative], j[negative] - 1)
             label[negative] = 0.0
-        return self._assemble(stored, row, j, item, category, label, -1, k, global_rows * (1 + k))
+        return self._assemble(stored, row, j, item, label, -1, k, global_rows * (1 + k))
 
     def _assemble(
         self,
-        stored: _Stored,
+        stored: StoredRows,
         row: NDArray,
         draw: NDArray,
         item: NDArray,
-        category: NDArray,
         label: NDArray,
         epoch: int,
         k: int,
         global_rows: int,
     ) -> Batch:
-        features = {"user": stored["user"][row], "target_item": item, "target_category": category}
+        features = {"user": stored["user"][row], "target_item": item, "target_category": self._of("target", item)}
         source_label = np.zeros(len(row))
         valid = np.zeros(len(row), dtype=bool)
         if self._source:
             pair = self._pair(stored, row, draw, epoch, k)
-            features |= {"source_item": pair.item, "source_category": pair.category}
+            features |= {"source_item": pair.item, "source_category": self._of("source", pair.item)}
             source_label, valid = pair.label, pair.valid
         histories = {}
         if self._histories:
-            every = np.arange(len(stored))
-            histories = {n: stored.lists(n).take(every, self._options.history_length) for n in _HISTORIES}
+            for domain in ("target", "source"):
+                items, lengths = stored.lists(f"{domain}_history_item").cut(self._options.history_length)
+                histories[f"{domain}_history_item"] = items, lengths
+                histories[f"{domain}_history_category"] = self._of(domain, items), lengths
         if not len(row):  # a worker without rows would crash the lookup and take its peers along
             features = {n: np.zeros(1, dtype=np.int64) for n in features}
-            histories = {n: Lists(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)) for n in histories}
+            histories = {n: (np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)) for n in histories}
         rows = max(len(row), 1)
         floats = {"label": label, "source_label": source_label, "weight": np.ones(len(row))}
         return Batch(
@@ -277,7 +268,11 @@ class BatchBuilder:
             **{n: _filled(v, rows, torch.float32) for n, v in floats.items()},
         )
 
-    def _pair(self, stored: _Stored, row: NDArray, draw: NDArray, epoch: int, k: int) -> _Pair:
+    def _of(self, domain: str, item: NDArray) -> NDArray[np.int32]:
+        """The items' categories."""
+        return self._category[domain][item]
+
+    def _pair(self, stored: StoredRows, row: NDArray, draw: NDArray, epoch: int, k: int) -> _Pair:
         """A source behaviour of the same user, another for every `draw` of a row.
 
         With sampled labels it is one with probability 1/(1+k), else a negative item, as often as a target row is.
@@ -287,7 +282,6 @@ class BatchBuilder:
         count = candidates.lengths[row]
         index = integers(mix(key("pair", self._seed), epoch, example, draw), np.maximum(count, 1))
         item = candidates.pick(row, index).astype(np.int64)
-        category = stored.lists("source_candidates_category").pick(row, index).astype(np.int64)
         label = stored.lists("source_candidates_label").pick(row, index).astype(np.float64)
         valid = count > 0
         if self._sampled and k:
@@ -297,19 +291,16 @@ class BatchBuilder:
                 key("source_negative", self._seed),
                 (epoch, example[negative], draw[negative]),
                 row[negative],
-                candidates.owner,
-                candidates.values,
+                *_owned(candidates),
                 self._items["source"],
             )
-            category[negative] = self._category["source"][item[negative]]
             label[negative] = 0.0
-        return _Pair(item, category, label, valid)
+        return _Pair(item, label, valid)
 
 
 @dataclass(frozen=True)
 class _Pair:
     item: NDArray
-    category: NDArray
     label: NDArray
     valid: NDArray
 
@@ -322,35 +313,19 @@ class _Copies:
         self.row, self.copy = np.repeat(np.arange(rows), each), np.tile(np.arange(each), rows)
 
 
-class _Stored:
-    """Columns of stored rows as numpy arrays and lists, converted once."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table
-        self._columns: dict[str, NDArray] = {}
-        self._lists: dict[str, Lists] = {}
-
-    def __len__(self) -> int:
-        return self._table.num_rows
-
-    def __getitem__(self, name: str) -> NDArray:
-        if name not in self._columns:
-            values = self._table.column(name).to_numpy()
-            self._columns[name] = values.astype(np.int64) if values.dtype.kind == "i" else values
-        return self._columns[name]
-
-    def lists(self, name: str) -> Lists:
-        if name not in self._lists:
-            self._lists[name] = Lists.of(self._table.column(name))
-        return self._lists[name]
+def _owned(lists: Lists) -> tuple[NDArray, NDArray]:
+    """The row of each value, and the values: [total] each."""
+    values, lengths = lists.cut()
+    return np.repeat(np.arange(len(lengths)), lengths), values
 
 
-def item_categories(folder: str, manifest: Manifest, domain: str) -> NDArray[np.int64]:
-    """The category id of every item id of a domain [rows]."""
+def item_categories(folder: str, manifest: Manifest, domain: str) -> NDArray[np.int32]:
+    """The category id of every item id of a domain [rows]; an unknown item's is unknown."""
     uri = storage.join(folder, manifest.vocab[f"{domain}_item"].path)
     with storage.naming(uri):
         table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)), columns=["id", "category"])
-    found = np.zeros(manifest.rows[f"{domain}_item"], dtype=np.int64)
+    found = np.full(manifest.rows[f"{domain}_item"], PADDING, dtype=np.int32)
+    found[UNKNOWN] = UNKNOWN
     found[table.column("id").to_numpy()] = table.column("category").to_numpy()
     return found
 
@@ -410,11 +385,12 @@ def _ones(keys: Sequence[str], values: Tensor) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(keys=list(keys), values=values, lengths=lengths, length_per_key=each)
 
 
-def _jagged(lists: Mapping[str, Lists]) -> KeyedJaggedTensor:
+def _jagged(lists: Mapping[str, tuple[NDArray, NDArray]]) -> KeyedJaggedTensor:
+    """Values [total] and lengths [rows] of each feature."""
     if not lists:
         return KeyedJaggedTensor(
             keys=[], values=torch.empty(0, dtype=torch.int64), lengths=torch.empty(0, dtype=torch.int32)
         )
-    values = np.concatenate([lists[n].values for n in lists]).astype(np.int64)
-    lengths = np.concatenate([lists[n].lengths for n in lists]).astype(np.int64)
+    values = np.concatenate([values for values, _ in lists.values()]).astype(np.int64)
+    lengths = np.concatenate([lengths for _, lengths in lists.values()])
     return KeyedJaggedTensor(keys=list(lists), values=torch.from_numpy(values), lengths=torch.from_numpy(lengths))

@@ -27,10 +27,17 @@ POSITIVES = tuple(f"{split}_positives" for split in SPLITS)
 VOCABULARIES = ("user", "source_item", "target_item", "source_category", "target_category")
 ROW_GROUP_ROWS = 20_000
 
-_ids = pa.list_(pa.int32())
 
+def _list(element: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("element", element, nullable=False))
+
+
+_ids, _labels = _list(pa.int32()), _list(pa.float32())
+
+# A row has all of its columns, so that no reader has to look for nulls: lists decode in two thirds of the time.
 EXAMPLE_SCHEMA = pa.schema(
-    [
+    pa.field(name, of, nullable=False)
+    for name, of in [
         ("example_id", pa.int64()),  # unique over the splits
         ("user", pa.int32()),
         ("item", pa.int32()),  # of the target domain, as is category
@@ -45,18 +52,23 @@ EXAMPLE_SCHEMA = pa.schema(
         # The user's source behaviours strictly before the user's validation time, sampled down to 100.
         ("source_candidates_item", _ids),
         ("source_candidates_category", _ids),
-        ("source_candidates_label", pa.list_(pa.float32())),
-        ("source_candidates_timestamp", pa.list_(pa.int64())),
+        ("source_candidates_label", _labels),
+        ("source_candidates_timestamp", _list(pa.int64())),
         # All of the user's *training* behaviours in the target domain (up to 1,000): what sampled negatives
         # must avoid, and where dev behaviours of the same user come from.
         ("target_candidates_item", _ids),
         ("target_candidates_category", _ids),
-        ("target_candidates_label", pa.list_(pa.float32())),
+        ("target_candidates_label", _labels),
         ("position", pa.int32()),  # of this behaviour within target_candidates; -1 where it is not in it
         # Stored negatives of a validation or test row (labels by sampled negatives); empty in train.
         ("negatives_item", _ids),
     ]
 )
+# Shuffled ids repeat too little for dictionaries: without them a shard is smaller and written twice as fast.
+PARQUET: dict[str, Any] = {
+    "compression": "zstd",
+    "use_dictionary": ["label", "source_candidates_label.list.element", "target_candidates_label.list.element"],
+}
 
 VOCAB_SCHEMA = pa.schema([("id", pa.int32()), ("key", pa.string())])
 ITEM_VOCAB_SCHEMA = VOCAB_SCHEMA.append(pa.field("category", pa.int32()))

@@ -14,9 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from cdr_dist.data.batch import Batch
+from cdr_dist.data.stored_rows import StoredRows
 from cdr_dist.data.stream import Block, Place, Stream
 
 BLOCK_ROWS, BLOCK_STEPS = 8192, 32
@@ -28,7 +27,7 @@ class Fed:
     """A batch, the stored rows that it was built from, and its place."""
 
     batch: Batch
-    table: pa.Table
+    stored: StoredRows
     place: Place
 
 
@@ -106,7 +105,7 @@ class _Producer:
             try:
                 block = self._stream.read_block(place, self._steps)
                 batches = self._build(block)
-                made = [Fed(b, rows.table, rows.place) for b, rows in zip(batches, block.steps, strict=True)]
+                made = [Fed(b, rows.stored, rows.place) for b, rows in zip(batches, block.steps, strict=True)]
             except BaseException as error:
                 made = error
             while not self._closed.is_set():

@@ -49,7 +49,7 @@ class StorageOptions:
     backoff_s: float = 0.5
     """Longest wait before the second try, in seconds; it doubles with every further one."""
     ahead_mib: int = 256
-    """Most MiB of decoded row groups that a training stream fetches ahead on each worker; 0: none."""
+    """Most MiB of decoded row groups that a stream fetches ahead from an object store on each worker; 0: none."""
     region: str | None = None
     """Region whose replica of the dataset a worker reads; null: AWS_REGION or AWS_DEFAULT_REGION."""
 

@@ -37,6 +37,11 @@ class Replicas:
         self._lock = threading.Lock()
         self.fallbacks = 0
 
+    @property
+    def remote(self) -> bool:
+        """Whether shards come over the network."""
+        return not all(storage.is_local(place) for place in self._places)
+
     def read(self, path: str, read: Callable[[str], T]) -> T:
         """What `read` gives for the first URI of a file that can be read.
 

@@ -39,7 +39,9 @@ class ShardReader:
         self.row_groups = tuple(n for shard in manifest.shards[split] for n in shard.row_groups)
         self._footers = _Footers()
         self._decoded: OrderedDict[int, pa.Table] = OrderedDict()
-        self._ahead = ReadAhead(self._fetch, storage.options().ahead_mib << 20)
+        self._lock = threading.Lock()
+        # Local files cost decoding only, for which the stream's own thread is enough: more threads slow training down.
+        self._ahead = ReadAhead(self._fetch, storage.options().ahead_mib << 20 if self._replicas.remote else 0)
 
     def read(self, piece: Piece) -> pa.Table:
         return self._row_group(piece.row_group).slice(piece.start, piece.rows)
@@ -49,13 +51,14 @@ class ShardReader:
         self._ahead.plan(who, [index for index in row_groups if index not in self._decoded])
 
     def _row_group(self, index: int) -> pa.Table:
-        if index in self._decoded:
-            self._decoded.move_to_end(index)
-            return self._decoded[index]
-        table = self._decoded[index] = self._ahead.get(index)
-        while len(self._decoded) > self._keep:
-            self._decoded.popitem(last=False)
-        return table
+        with self._lock:  # streams may share a reader; what one waits for the next may want, too
+            if index in self._decoded:
+                self._decoded.move_to_end(index)
+                return self._decoded[index]
+            table = self._decoded[index] = self._ahead.get(index)
+            while len(self._decoded) > self._keep:
+                self._decoded.popitem(last=False)
+            return table
 
     def _fetch(self, index: int) -> pa.Table:
         shard, within = self._place[index]

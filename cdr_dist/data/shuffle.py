@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from cdr_dist.crash_points import durable
 from cdr_dist.data import hashing, spill, storage
-from cdr_dist.data.dataset import EXAMPLE_SCHEMA, ROW_GROUP_ROWS, SPLITS, Shard
+from cdr_dist.data.dataset import EXAMPLE_SCHEMA, PARQUET, ROW_GROUP_ROWS, SPLITS, Shard
 
 BUCKET_ROWS = 50_000
 """Rows of a bucket, about: what is sorted in memory at a time."""
@@ -84,8 +84,7 @@ def write_groups(folder: str, path: str, groups: Iterable[pa.Table], schema: pa.
     rows = []
     with durable("prepare.shard"), storage.open_output(storage.join(folder, path)) as file:
         hashed = _Hashed(file)
-        # Shuffled ids repeat too little for dictionaries: without them a shard is smaller and written twice as fast.
-        with pq.ParquetWriter(hashed, schema, compression="zstd", use_dictionary=False) as writer:
+        with pq.ParquetWriter(hashed, schema, **PARQUET) as writer:
             for group in groups:
                 writer.write_table(group, row_group_size=max(1, group.num_rows))
                 rows.append(group.num_rows)

@@ -9,15 +9,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from cdr_dist.data.lanes import Order, Window, lanes_of
 from cdr_dist.data.options import StreamOptions
 from cdr_dist.data.shards import ShardReader
+from cdr_dist.data.stored_rows import Columns, StoredRows
 from cdr_dist.errors import UserError
 
 _Key = tuple[int, int]
 """Epoch, and number of a lane's window in it."""
+_Loaded = tuple[Columns, NDArray[np.int64]]
+"""A window's columns as they lie in the shards, and the order of its rows."""
 
 
 @dataclass(frozen=True, order=True)
@@ -32,16 +37,16 @@ class Place:
 class Rows:
     """One worker's stored rows of a global step; `global_rows` counts the rows of all workers."""
 
-    table: pa.Table
+    stored: StoredRows
     place: Place
     global_rows: int
 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive steps of an epoch; their tables are slices of `table`, one after the other."""
+    """Consecutive steps of an epoch; their rows are those of `stored`, one after the other."""
 
-    table: pa.Table
+    stored: StoredRows
     steps: list[Rows]
 
 
@@ -68,8 +73,8 @@ class Stream:
         self._lanes = lanes_of(rank, workers, options.lanes)
         self._order = self._order_of(0)
         self._windows: dict[int, list[Window]] = {}
-        self._loaded: dict[int, tuple[_Key, pa.Table]] = {}
-        self._coming: dict[int, tuple[_Key, Future[pa.Table]]] = {}
+        self._loaded: dict[int, tuple[_Key, _Loaded]] = {}
+        self._coming: dict[int, tuple[_Key, Future[_Loaded]]] = {}
         self._loader: ThreadPoolExecutor | None = None
 
     @property
@@ -87,27 +92,29 @@ class Stream:
 
     def read_block(self, place: Place, count: int) -> Block:
         """`count` steps, or fewer where the epoch ends: what a step costs beyond its rows is then paid once."""
+        self.begin(place)
+        numbers = range(place.step, min(place.step + count, self.steps_per_epoch))
+        parts = [[part for lane in self._lanes for part in self._take(lane, step)] for step in numbers]
+        if any(parts):
+            stored = StoredRows.joined(itertools.chain(*parts))
+        else:  # a short last step need not reach every worker
+            piece = self._order.windows(0)[0].pieces[0]
+            stored = StoredRows.of(self._submit(self._reader.read, piece).result().slice(0, 0))
+        steps = []
+        for step, own in zip(numbers, stored.cut([sum(len(row) for _, row in of) for of in parts]), strict=True):
+            first = step * self.rows_per_step
+            everyones = min(first + self.rows_per_step, self._order.rows) - first
+            steps.append(Rows(own, Place(place.epoch, step), everyones))
+        return Block(stored, steps)
+
+    def begin(self, place: Place) -> None:
+        """Starts to read what a step needs first, where nothing of its epoch has been read yet; does not wait."""
         if place.epoch != self._order.epoch:
             self._order = self._order_of(place.epoch)
             self._windows.clear()
         for lane in self._lanes:
             if lane not in self._windows:
                 self._begin(lane, place.step)
-        numbers = range(place.step, min(place.step + count, self.steps_per_epoch))
-        parts = [[part for lane in self._lanes for part in self._take(lane, step)] for step in numbers]
-        if any(parts):
-            # One chunk a column: a batch's columns are converted one by one, and a chunk costs as much as its rows.
-            table = pa.concat_tables(itertools.chain(*parts)).combine_chunks()
-        else:  # a short last step need not reach every worker
-            piece = self._order.windows(0)[0].pieces[0]
-            table = self._submit(self._reader.read, piece).result().slice(0, 0)
-        steps, start = [], 0
-        for step, own in zip(numbers, parts, strict=True):
-            rows, first = sum(part.num_rows for part in own), step * self.rows_per_step
-            everyones = min(first + self.rows_per_step, self._order.rows) - first
-            steps.append(Rows(table.slice(start, rows), Place(place.epoch, step), everyones))
-            start += rows
-        return Block(table, steps)
 
     def close(self) -> None:
         """Ends the thread; a later read starts another."""
@@ -120,18 +127,19 @@ class Stream:
         for step in range(self.steps_per_epoch):
             yield self.read(Place(epoch, step))
 
-    def _take(self, lane: int, step: int) -> Iterator[pa.Table]:
+    def _take(self, lane: int, step: int) -> Iterator[_Loaded]:
         start, stop = self._order.span(lane, step, self.rows_per_step)
         windows = self._windows[lane]
         first = max(0, bisect_right(windows, start, key=lambda window: window.first) - 1)
         for window in itertools.takewhile(lambda window: window.first < stop, windows[first:]):
             a, b = max(start, window.first), min(stop, window.first + window.rows)
             if a < b:
-                yield self._window(lane, window).slice(a - window.first, b - a)
+                columns, order = self._window(lane, window)
+                yield columns, order[a - window.first : b - window.first]
                 if 4 * (b - window.first) > window.rows:
                     self._read_ahead(lane, window)
 
-    def _window(self, lane: int, window: Window) -> pa.Table:
+    def _window(self, lane: int, window: Window) -> _Loaded:
         key = (self._order.epoch, window.number)
         if lane not in self._loaded or self._loaded[lane][0] != key:
             coming, future = self._coming.pop(lane, (None, None))
@@ -145,11 +153,8 @@ class Stream:
         start, _ = self._order.span(lane, step, self.rows_per_step)
         self._windows[lane] = self._order.windows(lane)
         first = next((window for window in self._windows[lane] if window.first + window.rows > start), None)
-        if first is not None and self._coming.get(lane, (None, None))[0] != (self._order.epoch, first.number):
-            self._plan(lane, first)
-
-    def _plan(self, lane: int, window: Window) -> None:
-        self._reader.plan(lane, [piece.row_group for piece in window.pieces])
+        if first is not None:
+            self._load_soon(self._order, lane, first)
 
     def _read_ahead(self, lane: int, window: Window) -> None:
         """All lanes come to the ends of their windows at once: what follows is read in good time.
@@ -161,21 +166,23 @@ class Stream:
             if not self._shuffle:
                 return
             order, number = self._order_of(order.epoch + 1), 0
-        key = (order.epoch, number)
-        if lane not in self._coming or self._coming[lane][0] != key:
-            following = order.windows(lane)[number]
-            self._plan(lane, following)
-            self._coming[lane] = (key, self._submit(self._load, order, lane, following))
+        self._load_soon(order, lane, order.windows(lane)[number])
 
-    def _submit(self, read: Callable[..., pa.Table], *arguments: Any) -> Future[pa.Table]:
+    def _load_soon(self, order: Order, lane: int, window: Window) -> None:
+        key = (order.epoch, window.number)
+        if self._coming.get(lane, (None, None))[0] != key:
+            self._reader.plan(lane, [piece.row_group for piece in window.pieces])
+            self._coming[lane] = (key, self._submit(self._load, order, lane, window))
+
+    def _submit(self, read: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """All reading is in one thread: the reader keeps what it has decoded."""
         if self._loader is None:
             self._loader = ThreadPoolExecutor(1, thread_name_prefix="cdr-window")
         return self._loader.submit(read, *arguments)
 
-    def _load(self, order: Order, lane: int, window: Window) -> pa.Table:
-        rows = pa.concat_tables([self._reader.read(piece) for piece in window.pieces])
-        return rows.take(order.within(lane, window)).combine_chunks()
+    def _load(self, order: Order, lane: int, window: Window) -> _Loaded:
+        columns = Columns(pa.concat_tables([self._reader.read(piece) for piece in window.pieces]))
+        return columns, order.within(lane, window)
 
     def _order_of(self, epoch: int) -> Order:
         o = self._options

@@ -34,7 +34,7 @@ def score_split(session: Session, split: str) -> ScoredRows:
     """
     session.model.eval()
     predictions = Predictions()
-    built = (session.builder.evaluate(r.table, r.global_rows) for r in evaluation_rows(session, split))
+    built = (session.builder.evaluate(r.stored, r.global_rows) for r in evaluation_rows(session, split))
     for ready in one_ahead(built):
         batch = ready.to(session.device)
         found = session.tables.read(ids_by_table(batch.train, session.features))
@@ -51,10 +51,11 @@ def evaluation_rows(session: Session, split: str) -> Iterator[Rows]:
     with contextlib.ExitStack() as ending:
         for stream in streams:
             ending.callback(stream.close)
+            stream.begin(Place())
         for step in range(streams[0].steps_per_epoch):
             for i in range(most):
                 rows = streams[min(i, len(streams) - 1)].read(Place(0, step))
-                yield rows if i < len(streams) else replace(rows, table=rows.table.slice(0, 0))
+                yield rows if i < len(streams) else replace(rows, stored=rows.stored.cut([0])[0])
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:

@@ -65,7 +65,7 @@ def need(config: TrainConfig, manifest: Manifest) -> Need:
     tables = {spec.name: _table_bytes(spec, config, max(config.trainer.workers, 1)) for spec in specs}
     copy = sum(tables.values()) if config.trainer.checkpoint == "background" else 0
     domains = ("source", "target") if config.recipe.source else ("target",)
-    return Need(config.trainer.device, tables, copy, sum(8 * manifest.rows[f"{d}_item"] for d in domains))
+    return Need(config.trainer.device, tables, copy, sum(4 * manifest.rows[f"{d}_item"] for d in domains))
 
 
 def _table_bytes(spec: TableSpec, config: TrainConfig, workers: int) -> int:

@@ -72,7 +72,7 @@ class Upper:
         if draws == 1:
             return s.counted(fed.batch)
         rows = fed.batch.global_rows // s.builder.expansion
-        return s.counted(s.builder.train(fed.table, fed.place.epoch, rows, s.hold_out, draws).to(s.device))
+        return s.counted(s.builder.train(fed.stored, fed.place.epoch, rows, s.hold_out, draws).to(s.device))
 
     def _dev_batch(self) -> Batch:
         s = self._session
@@ -81,7 +81,7 @@ class Upper:
         fed = s.lower.peek()
         rows = fed.batch.global_rows // s.builder.expansion
         each = s.config.upper.dev_behaviours
-        batch = s.builder.dev_of_same_users(fed.table, fed.place.epoch, rows, s.hold_out, each)
+        batch = s.builder.dev_of_same_users(fed.stored, fed.place.epoch, rows, s.hold_out, each)
         return s.counted(batch.to(s.device), always=True)
 
     def _refresh_head(self) -> None:
