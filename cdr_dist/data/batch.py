@@ -218,9 +218,9 @@ class BatchBuilder:
         rows = global_rows * copies.each * self.expansion
         return self._assemble(stored, row, draw, item, label, epoch, k, rows)
 
-    def evaluate(self, stored: StoredRows, global_rows: int) -> Batch:
-        """Stored negatives, and a fixed draw of the source behaviour (the one of epoch -1)."""
-        k = self._eval_negatives if self._sampled else 0
+    def evaluate(self, stored: StoredRows, global_rows: int, negatives: bool = True) -> Batch:
+        """Stored negatives (or none), and a fixed draw of the source behaviour (the one of epoch -1)."""
+        k = self._eval_negatives if self._sampled and negatives else 0
         row, j = _expanded(len(stored), k)
         item, label = stored["item"][row], stored["label"][row].astype(np.float64)
         negative = np.flatnonzero(j > 0)
@@ -267,6 +267,10 @@ class BatchBuilder:
             global_rows=global_rows,
             **{n: _filled(v, rows, torch.float32) for n, v in floats.items()},
         )
+
+    def target_items(self, item: NDArray[np.int64]) -> KeyedJaggedTensor:
+        """The features of target items [n], without rows to which they belong."""
+        return _one_id_a_row({"target_item": item, "target_category": self._of("target", item)})
 
     def _of(self, domain: str, item: NDArray) -> NDArray[np.int32]:
         """The items' categories."""

@@ -48,7 +48,7 @@ class Predictions:
         rows = torch.cat(self._batches) if self._batches else torch.empty(0, 5, dtype=torch.int64)
         rows = rows[rows[:, 2] != 0]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1:
-            rows = _all_gather_rows(rows, process_group)
+            rows = all_gather_rows(rows, process_group)
         user, group, _, label, score = rows.cpu().numpy().T
         label, score = (
             np.ascontiguousarray(label).view(np.float64),
@@ -162,7 +162,7 @@ def ranking(groups: ArrayLike, labels: ArrayLike, scores: ArrayLike, ks: Sequenc
         raise ValueError(f"ranking metrics need k of 1 or more, not {min(ks)}")
     group, score = np.asarray(groups), np.asarray(scores, dtype=np.float64)
     if not len(group):
-        return {f"{name}@{k}": float("nan") for k in ks for name in RANKING}
+        return gains_at_ranks(np.zeros(0, np.int64), np.zeros(0, np.int64), ks)
     positive = np.asarray(labels) > 0
     order = np.lexsort((~positive, group))
     group, score, positive = group[order], score[order], positive[order]
@@ -176,6 +176,16 @@ def ranking(groups: ArrayLike, labels: ArrayLike, scores: ArrayLike, ks: Sequenc
     own = np.repeat(score[first], size)
     above = np.add.reduceat((score > own).astype(np.int64), first)
     tied = np.add.reduceat((score == own).astype(np.int64), first)  # the positive is one of them
+    return gains_at_ranks(above, tied, ks)
+
+
+def gains_at_ranks(above: Ints, tied: Ints, ks: Sequence[int]) -> dict[str, float]:
+    """hr@k, ndcg@k and mrr@k of positives [n] with so many items above them, and tied with them, themselves included.
+
+    Each is the expected value over random orders of the items that tie. NaN without positives.
+    """
+    if not len(above):
+        return {f"{name}@{k}": float("nan") for k in ks for name in RANKING}
     rank = np.arange(1, max(ks) + 1)
     gains = {"hr": np.ones(len(rank)), "ndcg": 1 / np.log2(rank + 1), "mrr": 1 / rank}
     result = {}
@@ -197,8 +207,8 @@ def _bits(values: Tensor) -> Tensor:
     return values.detach().double().view(torch.int64)
 
 
-def _all_gather_rows(rows: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
-    """All workers' rows [sum of n, columns], in rank order, from each worker's [n, columns]."""
+def all_gather_rows(rows: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
+    """All workers' rows [sum of n, columns] (int64), in rank order, from each worker's [n, columns]."""
     device = torch.device("cpu" if "cpu" in dist.get_backend_config(process_group) else "cuda")
     world = dist.get_world_size(process_group)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cdr_dist.errors import UserError
+from cdr_dist.models.pairs import ITEM_FEATURES
 from cdr_dist.models.protocol import Labels, Output, PerExampleLosses, Spec
 
 _TARGET = {"user": "user", "target_item": "target_item", "target_category": "target_category"}
@@ -57,12 +58,24 @@ class CoNet(PerExampleLosses):
         # Both towers are one: [a_t; a_s] times [[W_t, H], [H, W_s]], a third of the operators. The user, which both
         # begin with, goes in once.
         both = _SideBySide.apply(*(embedded[f] for f in (*_TARGET, *_SOURCE)))
-        layers = zip(*map(_parameters, (self.target_tower, self.source_tower, self.cross)), strict=True)
-        for i, ((w_t, b_t), (w_s, b_s), (h, _)) in enumerate(layers):
-            weight = _joined(w_t, w_s, h) if i else _joined_first(w_t, w_s, h, embedded["user"].shape[1])
-            both = torch.addmm(torch.cat([b_t, b_s]), both, weight.t()).relu_()
+        for weight, bias in self._layers(embedded["user"].shape[1]):
+            both = torch.addmm(bias, both, weight.t()).relu_()
         target, source = both.split(self.target_head.in_features, dim=1)
         return Output(self.target_head(target).squeeze(1), self.source_head(source).squeeze(1), target)
+
+    def pair_scorer(self) -> _Pairs:
+        return _Pairs(self)
+
+    def _layers(self, width: int) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of both towers joined, layer by layer; of the target tower where it is alone."""
+        target = _parameters(self.target_tower)
+        if not self.source:
+            return target
+        layers = zip(target, *map(_parameters, (self.source_tower, self.cross)), strict=True)
+        return [
+            (_joined(w_t, w_s, h) if i else _joined_first(w_t, w_s, h, width), torch.cat([b_t, b_s]))
+            for i, ((w_t, b_t), (w_s, b_s), (h, _)) in enumerate(layers)
+        ]
 
     def initial_values(self) -> dict[str, Tensor]:
         """Small positive biases in the towers, so that a layer of 8 ReLUs starts with its units alive; heads at zero,
@@ -74,6 +87,36 @@ class CoNet(PerExampleLosses):
             for i, layer in enumerate(getattr(self, f"{domain}_tower"))
         }
         return biases | {f"{d}_head.weight": torch.zeros_like(getattr(self, f"{d}_head").weight) for d in domains}
+
+
+class _Pairs:
+    """The first layer is linear before its ReLU: what the row and what the item add to it is computed once each."""
+
+    def __init__(self, model: CoNet) -> None:
+        names = [*_TARGET, *(_SOURCE if model.source else ())]
+        width = _parameters(model.target_tower)[0][0].shape[1] // len(_TARGET)
+        (first, self._bias), *layers = model._layers(width)
+        of = dict(zip(names, first.split(width, dim=1), strict=True))
+        self._of_item = {f: of.pop(f) for f in ITEM_FEATURES}
+        self._of_row = of
+        k = model.target_head.in_features
+        if layers:  # of the last layer only the target's half is wanted
+            layers[-1] = layers[-1][0][:k], layers[-1][1][:k]
+        self._layers = [(weight.t().contiguous(), bias) for weight, bias in layers]
+        self._head, self._k = model.target_head, k
+
+    def row_part(self, embedded: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([embedded[f] @ w.t() for f, w in self._of_row.items()]).sum(0) + self._bias
+
+    def item_part(self, embedded: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([embedded[f] @ w.t() for f, w in self._of_item.items()]).sum(0)
+
+    def logits(self, rows: Tensor, items: Tensor) -> Tensor:
+        hidden = torch.add(rows, items).relu_()
+        sizes, hidden = hidden.shape[:-1], hidden.view(-1, hidden.shape[-1])
+        for weight, bias in self._layers:
+            hidden = torch.addmm(bias, hidden, weight).relu_()
+        return self._head(hidden[:, : self._k]).view(sizes)
 
 
 def _parameters(tower: nn.ModuleList) -> list[tuple[Tensor, Tensor]]:

@@ -177,8 +177,9 @@ def _check_batch(config: TrainConfig, manifest: Manifest) -> None:
 
 def _check_metric(config: TrainConfig, manifest: Manifest) -> None:
     metric, ks = config.evaluation.metric, config.evaluation.ks
-    if ks and min(ks) < 1:
-        raise UserError(f"evaluation.ks={ks}: must be at least 1")
+    for option in ("ks", "full_ks"):
+        if min(getattr(config.evaluation, option), default=1) < 1:
+            raise UserError(f"evaluation.{option}={getattr(config.evaluation, option)}: must be at least 1")
     if ks and manifest.label != "sampled":
         raise UserError(
             f"evaluation.ks={ks}: {config.data} stores no negatives to rank (labels=rating); leave it empty"

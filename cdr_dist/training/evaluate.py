@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
@@ -44,9 +44,9 @@ def score_split(session: Session, split: str) -> ScoredRows:
     return predictions.gather()
 
 
-def evaluation_rows(session: Session, split: str) -> Iterator[Rows]:
+def evaluation_rows(session: Session, split: str, more: Sequence[str] = ()) -> Iterator[Rows]:
     """Equally many on all workers: one that serves a lane less gets empty ones, because lookups are collective."""
-    streams = session.evaluation_streams(split)
+    streams = session.evaluation_streams(split, more)
     most = -(-session.config.stream.lanes // session.workers)
     with contextlib.ExitStack() as ending:
         for stream in streams:

@@ -13,23 +13,25 @@ from cdr_dist.data.shards import verify
 from cdr_dist.errors import UserError, nearest
 from cdr_dist.training.checkpoint import Checkpoints, newest
 from cdr_dist.training.evaluate import evaluate
+from cdr_dist.training.full_ranking import full_ranking
 from cdr_dist.training.launch import alone, quiet_libraries
 from cdr_dist.training.options import one_of
 from cdr_dist.training.run_folder import RunFolder
 from cdr_dist.training.session import Session
 from cdr_dist.training.worker import phases_of
 
-OPTIONS = ("run", "split", "scores")
+OPTIONS = ("run", "split", "scores", "full_ks")
 
 
 def evaluation_job(words: Sequence[str]) -> None:
-    """Words: run= (needed), split= (test), scores= (a Parquet file of every row's score). Prints JSON."""
+    """Words: run= (needed), split= (test), scores= (a Parquet file of every row's score), full_ks=. Prints JSON."""
     given = {"split": "test"} | options(words)
     if "run" not in given:
         raise UserError("run= is missing; see --help")
     one_of("split", given["split"], ("valid", "test"))
+    ks = _ks(given["full_ks"]) if "full_ks" in given else None
     quiet_libraries()
-    step, found = evaluate_run(given["run"], given["split"], given.get("scores"))
+    step, found = evaluate_run(given["run"], given["split"], given.get("scores"), ks)
     print(json.dumps({"run": given["run"], "step": step, "split": given["split"], "metrics": found}, indent=1))
 
 
@@ -45,8 +47,23 @@ def options(words: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def evaluate_run(run: str, split: str, scores: str | None = None) -> tuple[int, dict[str, float | None]]:
-    """(step of the best checkpoint, its metrics on a split), whatever number of workers wrote it."""
+def _ks(given: str) -> list[int]:
+    try:
+        found = [int(k) for k in given.strip("[]").split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise UserError(f"full_ks={given}: numbers of 1 or more are wanted, as in full_ks=10,50")
+    return found
+
+
+def evaluate_run(
+    run: str, split: str, scores: str | None = None, full_ks: Sequence[int] | None = None
+) -> tuple[int, dict[str, float | None]]:
+    """(step of the best checkpoint, its metrics on a split), whatever number of workers wrote it.
+
+    full_ks: instead of the run's own.
+    """
     place = RunFolder(run)
     config = place.config()
     step = best_step(place)
@@ -61,6 +78,7 @@ def evaluate_run(run: str, split: str, scores: str | None = None) -> tuple[int, 
             checkpoints.check_dataset(saved)
             checkpoints.load_parameters(saved)
             found = evaluate(session, split, scores)
+            found |= full_ranking(session, split, config.evaluation.full_ks if full_ks is None else full_ks)
         finally:
             session.close()
     return step, {name: value if value == value else None for name, value in found.items()}

@@ -150,6 +150,9 @@ class EvaluationOptions:
     """Validations without a better metric after which a phase stops; 0: never."""
     ks: list[int] = field(default_factory=list)
     """K of HR@K, NDCG@K and MRR@K against the stored negatives."""
+    full_ks: list[int] = field(default_factory=list)
+    """K of the same, called full_hr@K and so on, among all target items but those that the user trained on: measured
+    once, at the end. Empty: not at all."""
     batch_size: int = 8192
     """Rows scored at a time, stored negatives included."""
 

@@ -81,12 +81,16 @@ class Session:
         )
         return Feed(stream, self._build)
 
-    def evaluation_streams(self, split: str) -> list[Stream]:
-        """One stream a lane that this worker serves, in stored order; a step is evaluation.batch_size rows of each."""
+    def evaluation_streams(self, split: str, more: Sequence[str] = ()) -> list[Stream]:
+        """One stream a lane that this worker serves, in stored order; a step is evaluation.batch_size rows of each.
+
+        more: columns besides those that a batch needs.
+        """
         stored = 1 + (self.manifest.eval_negatives if self.manifest.label == "sampled" else 0)
         lanes = self.config.stream.lanes
         rows = lanes * max(1, self.config.evaluation.batch_size // stored)
-        reader = ShardReader(self.folder, self.manifest, split, self.builder.columns(split), replicas=self.replicas)
+        columns = [*self.builder.columns(split), *more]
+        reader = ShardReader(self.folder, self.manifest, split, columns, replicas=self.replicas)
         return [
             Stream(reader, rows, self.config.stream, self.config.seed, split, lane, lanes, shuffle=False)
             for lane in lanes_of(self.rank, self.workers, lanes)

@@ -24,6 +24,7 @@ from cdr_dist.training.checkpoint import Checkpoints
 from cdr_dist.training.checks import build_updates
 from cdr_dist.training.digest import parameters_sha256
 from cdr_dist.training.evaluate import evaluate
+from cdr_dist.training.full_ranking import full_ranking
 from cdr_dist.training.learned_weights import against_truth, weights_by_category
 from cdr_dist.training.loop import Loop, Phase
 from cdr_dist.training.memory import check_memory_here, keep_freed_memory
@@ -119,6 +120,8 @@ def _summary(
     digest = parameters_sha256(session)
     checkpoints.load_parameters(checkpoints.of_step(p.best_step))
     metrics = {"valid": evaluate(session, "valid"), "test": evaluate(session, "test", place.file(SCORES))}
+    for split, values in metrics.items():
+        values |= full_ranking(session, split, config.evaluation.full_ks)
     passes = dict(session.passes)
     weights = weights_by_category(session) if session.perceptron is not None else None
     predicted = p.step + p.upper_steps * config.hypergradient.passes

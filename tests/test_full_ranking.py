@@ -1,0 +1,141 @@
+"""Ranks among all items, against a plain model that scores every pair as a batch of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cdr_dist.configuration import from_words
+from cdr_dist.data.dataset import FIRST_ID
+from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
+from cdr_dist.errors import UserError
+from cdr_dist.evaluation.metrics import ranking
+from cdr_dist.models.conet import CoNet
+from cdr_dist.models.pairs import ITEM_FEATURES, _RowByRow, pair_scorer
+from cdr_dist.training import full_ranking as module
+from cdr_dist.training.evaluate import evaluation_rows
+from cdr_dist.training.session import Session
+from cdr_dist.training.worker import phases_of
+from tests import datasets
+from tests.problem import replaced
+from tests.processes import on_workers
+
+
+@pytest.mark.parametrize("hidden", [(8,), (8, 4), (16, 8, 4)])
+@pytest.mark.parametrize("source", [True, False])
+def test_pair_scores_of_conet_are_those_of_its_forward_pass(hidden, source):
+    torch.manual_seed(3)
+    model = CoNet(6, hidden, source).double()
+    nn.init.normal_(model.target_head.weight)
+    features = list(model.spec().features)
+    rows = {f: torch.randn(5, 6, dtype=torch.float64) for f in features if f not in ITEM_FEATURES}
+    items = {f: torch.randn(7, 6, dtype=torch.float64) for f in ITEM_FEATURES}
+    expected = torch.empty(5, 7, dtype=torch.float64)
+    for i in range(5):
+        for j in range(7):
+            pair = {f: rows[f][i : i + 1] for f in rows} | {f: items[f][j : j + 1] for f in items}
+            expected[i, j] = model(pair, None).target_logit
+    assert expected.std() > 0.01
+    for scorer in (pair_scorer(model), _RowByRow(model)):
+        found = scorer.logits(scorer.row_part(rows)[:, None], scorer.item_part(items))
+        torch.testing.assert_close(found, expected)
+        aligned = scorer.logits(scorer.row_part(rows)[:5], scorer.item_part(items)[:5])
+        torch.testing.assert_close(aligned, expected.diagonal())
+
+
+KS = (1, 3, 10)
+DATA = ["rated", "sampled"]
+
+
+@contextlib.contextmanager
+def _trained(data, recipe, change=None):
+    config = from_words([f"data={data}", f"recipe={recipe}", "batch.size=64", "trainer.workers=1", "trainer.epochs=1"])
+    (phase,) = phases_of(config)
+    session = Session(config, data, phase.cycle)
+    for update in dict.fromkeys(phase.cycle):
+        update.bind(session)
+    for _ in range(30):
+        phase.cycle[0].run(False)
+    if change is not None:
+        change(session)
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def ranked(rank, data, recipe, small=True, change=None):
+    with contextlib.ExitStack() as held:
+        session = held.enter_context(_trained(data, recipe, change))
+        if small:  # several lookups, several looks at what is settled
+            for name, value in (("LOOKED_UP", 33), ("COLUMNS", 7), ("PAIRS", 28), ("HELD_ROWS", 1)):
+                held.enter_context(replaced(module, name, value))
+        return module.full_ranking(session, "test", KS)
+
+
+def by_brute_force(rank, data, recipe):
+    """Every row with label 1, every item, one forward pass a row; the metrics of lists of stored negatives."""
+    groups, labels, scores = [], [], []
+    with _trained(data, recipe) as session, torch.no_grad():
+        session.model.eval()
+        trained = {}
+        for row in datasets.rows_of(Path(data), "train").iter_rows(named=True):
+            trained.setdefault(row["user"], set()).add(row["item"])
+        items = np.arange(FIRST_ID, session.manifest.rows["target_item"])
+        for rows in evaluation_rows(session, "test"):
+            batch = session.builder.evaluate(rows.stored, rows.global_rows, negatives=False)
+            found = session.tables.read(ids_by_table(batch.train, session.features))
+            found = rows_by_feature(found, batch.train, session.features)
+            asked = session.builder.target_items(items)
+            tables = {f: session.features[f] for f in ITEM_FEATURES}
+            of_items = rows_by_feature(session.tables.read(ids_by_table(asked, tables)), asked, tables)
+            for i in np.flatnonzero((batch.label > 0).numpy()):
+                own = int(batch.train["target_item"].values()[i])
+                many = {f: found[f][i].expand(len(items), -1) for f in found} | of_items
+                logit = session.model(many, None).target_logit.numpy()
+                for item, score in zip(items.tolist(), logit, strict=True):
+                    if item == own or item not in trained.get(int(batch.user[i]), ()):
+                        groups.append(int(batch.example[i]))
+                        labels.append(float(item == own))
+                        scores.append(float(score))
+    return {f"full_{name}": value for name, value in ranking(groups, labels, scores, KS).items()}
+
+
+@pytest.mark.parametrize("recipe", ["joint", "target_only"])
+@pytest.mark.parametrize("name", DATA)
+def test_ranks_are_those_of_scoring_everything_and_the_same_on_any_number_of_workers(name, recipe):
+    data = str(getattr(datasets, name)())
+    (expected,) = on_workers(1, by_brute_force, data, recipe)
+    assert 0.02 < expected["full_hr@10"] < 0.98
+    (whole,) = on_workers(1, ranked, data, recipe, False)
+    assert whole == pytest.approx(expected, abs=1e-12)
+    for workers in (1, 2, 3):
+        for found in on_workers(workers, ranked, data, recipe):
+            assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_equal_scores_share_their_ranks():
+    """A head of zeros: a positive among 80 items, less the user's 4, is at each of 77 places as often."""
+    data = str(datasets.rated())
+    (found,) = on_workers(1, ranked, data, "joint", True, _zero)
+    for k in KS:
+        assert abs(found[f"full_hr@{k}"] - k / 77) < 2e-3 * k
+
+
+def test_scores_that_are_not_finite_are_named():
+    with pytest.raises(Exception, match="scores are not finite") as caught:
+        on_workers(1, ranked, str(datasets.rated()), "joint", True, _nan)
+    assert caught.type is UserError or "UserError" in str(caught.value)
+
+
+def _zero(session):
+    session.model.target_head.weight.data.zero_()
+
+
+def _nan(session):
+    session.model.target_head.weight.data.fill_(float("nan"))
