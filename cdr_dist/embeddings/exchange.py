@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cdr_dist.embeddings.workers import world_size
+from cdr_dist.embeddings.workers import rank, world_size
 
 
 class RowExchange:
@@ -98,17 +98,23 @@ def _columns(ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _all_to_all(
     values: Mapping[str, Tensor], out: Mapping[str, list[int]], into: Mapping[str, list[int]], world: int
 ) -> dict[str, Tensor]:
-    """One message a peer with the rows of all tables. out/into: table -> rows for/from each worker."""
-    tables = list(values)
+    """One message a peer with the rows of all tables. out/into: table -> rows for/from each worker.
+
+    Rows that stay on this worker are in no message.
+    """
+    tables, own = list(values), rank()
+    others = [w for w in range(world) if w != own]
     widths = {t: values[t].shape[1] for t in tables}
     cut = {t: values[t].split(out[t]) for t in tables}
-    message = torch.cat([cut[t][w].reshape(-1) for w in range(world) for t in tables])
-    sent = [sum(out[t][w] * widths[t] for t in tables) for w in range(world)]
-    came = [sum(into[t][w] * widths[t] for t in tables) for w in range(world)]
+    message = torch.cat([cut[t][w].reshape(-1) for w in others for t in tables])
+    sent, came = (
+        [sum(rows[t][w] * widths[t] for t in tables) if w != own else 0 for w in range(world)] for rows in (out, into)
+    )
     received = message.new_empty(sum(came))
     dist.all_to_all_single(received, message, came, sent)
-    pieces = received.split([into[t][w] * widths[t] for w in range(world) for t in tables])
-    return {
-        t: torch.cat([pieces[w * len(tables) + i].view(-1, widths[t]) for w in range(world)])
-        for i, t in enumerate(tables)
-    }
+    pieces = iter(received.split([into[t][w] * widths[t] for w in others for t in tables]))
+    found: dict[str, list[Tensor]] = {t: [] for t in tables}
+    for w in range(world):
+        for t in tables:
+            found[t].append(cut[t][w] if w == own else next(pieces).view(-1, widths[t]))
+    return {t: torch.cat(parts) for t, parts in found.items()}
