@@ -92,6 +92,7 @@ class World:
     def __init__(self, folder, shape, workers, keep, in_background, crash_at=None):
         self._talks = [Talks(workers), Talks(workers)]
         self._crash_at, self._passed, self._lock = crash_at, 0, threading.Lock()
+        self._dead = False
         self.progress = Progress(data_checksum="data")
         self.workers = [Worker(shape, rank, workers) for rank in range(workers)]
         with self._crashing():
@@ -170,8 +171,8 @@ class World:
         for thread in threads:
             thread.join()
         errors = sorted((e for _, e in answers if e), key=lambda e: (not isinstance(e, Crash), _broken(e)))
-        if errors:
-            raise errors[0]
+        if errors:  # those whose peer died while it wrote in the background only see that it does not answer
+            raise Crash if self._dead and _broken(errors[0]) else errors[0]
         return [value for value, _ in answers]
 
     @contextlib.contextmanager
@@ -202,6 +203,7 @@ class World:
         raise Crash
 
     def _die(self):
+        self._dead = True
         for talk in self._talks:
             talk.barrier.abort()
 

@@ -52,7 +52,9 @@ def build(task: Build) -> Built:
     for number, rows in enumerate(examples.chunks()):
         uri = storage.join(task.scratch, f"{task.partition.number:05d}-{number:05d}.arrow")
         bucket = task.buckets.of(examples.split[rows], examples.example_id[rows])
-        files.append(spill.write(uri, examples.table(rows), bucket, task.buckets.total))
+        order = np.argsort(bucket, kind="stable")  # made in this order, the table need not be copied into it
+        table = examples.table(np.arange(rows.start, rows.stop)[order])
+        files.append(spill.write(uri, table, bucket[order], task.buckets.total))
     return Built(files, *(np.bincount(examples.split[m], minlength=3).tolist() for m in examples.counted()))
 
 

@@ -19,9 +19,10 @@ _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 
 def write(uri: str, table: pa.Table, bucket: np.ndarray, buckets: int) -> str:
     """Writes a table; `bucket` gives each row's bucket, 0..buckets-1. Returns the uri."""
-    order = np.argsort(bucket, kind="stable")
-    ends = np.searchsorted(bucket[order], np.arange(buckets + 1))
-    rows = table.take(pa.array(order)).combine_chunks()
+    if (bucket[1:] < bucket[:-1]).any():
+        order = np.argsort(bucket, kind="stable")
+        bucket, table = bucket[order], table.take(pa.array(order))
+    ends, rows = np.searchsorted(bucket, np.arange(buckets + 1)), table.combine_chunks()
     with (
         durable("prepare.spill"),
         storage.open_output(uri, durable=False) as file,
