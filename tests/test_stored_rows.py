@@ -42,7 +42,7 @@ def test_rows_of_several_tables_are_those_that_were_asked_for(tables, data):
     assert rows["label"].tolist() == [float(i) for _, i in expected]
     lists = [tables[n][i] for n, i in expected]
     for last in (None, 2):
-        found, lengths = rows.lists("list").cut(last)
+        found, lengths = rows.lists("list").of(np.arange(len(rows)), last)
         cut = [each[-last:] if last else each for each in lists]
         assert lengths.tolist() == [len(each) for each in cut]
         assert found.tolist() == [value for each in cut for value in each]
@@ -50,6 +50,9 @@ def test_rows_of_several_tables_are_those_that_were_asked_for(tables, data):
     index = np.array([i for each in lists for i in (0, max(len(each) - 1, 0))], dtype=np.int64)
     picked = rows.lists("list").pick(asked, index, otherwise=-1)
     assert picked.tolist() == [each[i] if each else -1 for each in lists for i in (0, -1)]
+    value = np.array([data.draw(st.integers(0, 99)) if not each else each[-1] - i % 2 for i, each in enumerate(lists)])
+    found = rows.lists("list").contain(asked, np.repeat(value, 2))
+    assert found.tolist() == [v in each for v, each in zip(value, lists, strict=True) for _ in range(2)]
     split = data.draw(st.integers(0, len(expected)))
     first, second = rows.cut([split, len(expected) - split])
     assert first["id"].tolist() + second["id"].tolist() == rows["id"].tolist()
@@ -59,7 +62,7 @@ def test_rows_of_several_tables_are_those_that_were_asked_for(tables, data):
 def test_a_table_with_its_own_order():
     rows = StoredRows.of(table([[1, 2], [], [3]]))
     assert rows["id"].tolist() == [0, 1, 2]
-    assert rows.lists("list").cut()[0].tolist() == [1, 2, 3]
+    assert rows.lists("list").of(np.arange(3))[0].tolist() == [1, 2, 3]
     empty = StoredRows.of(table([[1]]).slice(0, 0))
     assert len(empty) == 0
     assert len(empty["label"]) == len(empty.lists("list").lengths) == 0

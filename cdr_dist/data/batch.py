@@ -20,7 +20,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import PADDING, UNKNOWN, Manifest
 from cdr_dist.data.hashing import integers, key, mix, uniform
-from cdr_dist.data.lists import Lists
 from cdr_dist.data.negatives import draw_negatives
 from cdr_dist.data.options import BatchOptions
 from cdr_dist.data.stored_rows import StoredRows
@@ -210,8 +209,8 @@ class BatchBuilder:
             item[negative] = draw_negatives(
                 key(f"{name}negative", self._seed),
                 (epoch, stored["example_id"][row[negative]], j[negative]),
+                stored.lists("target_candidates_item"),
                 row[negative],
-                *_owned(stored.lists("target_candidates_item")),
                 self._items["target"],
             )
         draw = j + (k + 1) * copies.copy[place]
@@ -249,8 +248,9 @@ class BatchBuilder:
             source_label, valid = pair.label, pair.valid
         histories = {}
         if self._histories:
+            every = np.arange(len(stored))
             for domain in ("target", "source"):
-                items, lengths = stored.lists(f"{domain}_history_item").cut(self._options.history_length)
+                items, lengths = stored.lists(f"{domain}_history_item").of(every, self._options.history_length)
                 histories[f"{domain}_history_item"] = items, lengths
                 histories[f"{domain}_history_category"] = self._of(domain, items), lengths
         if not len(row):  # a worker without rows would crash the lookup and take its peers along
@@ -294,8 +294,8 @@ class BatchBuilder:
             item[negative] = draw_negatives(
                 key("source_negative", self._seed),
                 (epoch, example[negative], draw[negative]),
+                candidates,
                 row[negative],
-                *_owned(candidates),
                 self._items["source"],
             )
             label[negative] = 0.0
@@ -315,12 +315,6 @@ class _Copies:
     def __init__(self, rows: int, each: int) -> None:
         self.each = each
         self.row, self.copy = np.repeat(np.arange(rows), each), np.tile(np.arange(each), rows)
-
-
-def _owned(lists: Lists) -> tuple[NDArray, NDArray]:
-    """The row of each value, and the values: [total] each."""
-    values, lengths = lists.cut()
-    return np.repeat(np.arange(len(lengths)), lengths), values
 
 
 def item_categories(folder: str, manifest: Manifest, domain: str) -> NDArray[np.int32]:

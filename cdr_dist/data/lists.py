@@ -27,14 +27,22 @@ class Lists:
             found[here] = values[at[here]]
         return found
 
-    def cut(self, last: int | None = None) -> tuple[NDArray, NDArray[np.int64]]:
-        """All lists, each cut to its `last` values, one after the other: values [total] and lengths [n]."""
-        lengths = self.lengths if last is None else np.minimum(self.lengths, last)
-        starts, ends = self.starts + self.lengths - lengths, np.cumsum(lengths)
+    def of(self, rows: NDArray[np.int64], last: int | None = None) -> tuple[NDArray, NDArray[np.int64]]:
+        """The lists of some rows, each cut to its `last` values, one after the other: values [total], lengths [n]."""
+        place, whole = self.place[rows], self.lengths[rows]
+        lengths = whole if last is None else np.minimum(whole, last)
+        starts, ends = self.starts[rows] + whole - lengths, np.cumsum(lengths)
         found = np.empty(int(ends[-1]) if len(ends) else 0, dtype=self.values[0].dtype)
         for number, values in enumerate(self.values):
-            here = np.flatnonzero(self.place == number) if len(self.values) > 1 else slice(None)
-            of, to = lengths[here], ends[here] - lengths[here]
-            inner = np.arange(int(of.sum())) - np.repeat(np.cumsum(of) - of, of)
-            found[np.repeat(to, of) + inner] = values[np.repeat(starts[here], of) + inner]
+            here = np.flatnonzero(place == number) if len(self.values) > 1 else slice(None)
+            each, to = lengths[here], ends[here] - lengths[here]
+            inner = np.arange(int(each.sum())) - np.repeat(np.cumsum(each) - each, each)
+            found[np.repeat(to, each) + inner] = values[np.repeat(starts[here], each) + inner]
         return found, lengths
+
+    def contain(self, rows: NDArray[np.int64], value: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether each row's list holds the value that is given for it; rows, value: [n]."""
+        values, lengths = self.of(rows)
+        hits = np.concatenate([[0], np.cumsum(values == np.repeat(value, lengths))])
+        ends = np.cumsum(lengths)
+        return hits[ends] > hits[ends - lengths]

@@ -101,7 +101,7 @@ def _held(session: Session, scorer: PairScorer, steps: Iterator[Rows]) -> list[_
 
 def _positives(session: Session, scorer: PairScorer, rows: Rows) -> _Positives:
     batch = session.builder.evaluate(rows.stored, rows.global_rows, negatives=False)
-    trained, lengths = rows.stored.lists(_TRAINED).cut()
+    trained, lengths = rows.stored.lists(_TRAINED).of(np.arange(len(rows.stored)))
     row = np.concatenate([np.arange(len(lengths)), np.repeat(np.arange(len(lengths)), lengths)])
     item = np.concatenate([rows.stored["item"], trained.astype(np.int64)])
     kept = (batch.label > 0) & (batch.weight > 0)
