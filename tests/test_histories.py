@@ -121,7 +121,7 @@ class History:
 
     def _error_of_a_start(self, workers):
         try:
-            self._start(workers, None)
+            self._start(workers, None, may_pass_over=True)
         except UserError as error:
             return error
 
@@ -130,7 +130,7 @@ class History:
         self.save(False)
         self._world.end()
 
-    def _start(self, workers, crash_at):
+    def _start(self, workers, crash_at, may_pass_over=False):
         if self._world is not None:
             self._world.end()
         self._world = World(
@@ -144,7 +144,7 @@ class History:
             raise
         self._best = self._world.progress.best_step
         there = [s.step for s in checkpoint.complete(str(self._folder))]
-        if self._world.progress.step != self._model.newest():  # the mark was removed: passed over
+        if may_pass_over and self._world.progress.step != self._model.newest():  # its mark was removed
             assert self._model.newest() not in there
             self._model.lose_newest()
         assert self._world.progress.step == max([self._model.newest(), *(self._model.perhaps & set(there))])
