@@ -166,13 +166,17 @@ class Stream:
             if not self._shuffle:
                 return
             order, number = self._order_of(order.epoch + 1), 0
-        self._load_soon(order, lane, order.windows(lane)[number])
+        if self._coming_key(lane) != (order.epoch, number):  # to list an epoch's windows costs more than a step
+            self._load_soon(order, lane, order.windows(lane)[number])
 
     def _load_soon(self, order: Order, lane: int, window: Window) -> None:
         key = (order.epoch, window.number)
-        if self._coming.get(lane, (None, None))[0] != key:
+        if self._coming_key(lane) != key:
             self._reader.plan(lane, [piece.row_group for piece in window.pieces])
             self._coming[lane] = (key, self._submit(self._load, order, lane, window))
+
+    def _coming_key(self, lane: int) -> _Key | None:
+        return self._coming[lane][0] if lane in self._coming else None
 
     def _submit(self, read: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """All reading is in one thread: the reader keeps what it has decoded."""
