@@ -19,6 +19,7 @@ from cdr_dist.models.conet import CoNet
 from cdr_dist.models.pairs import ITEM_FEATURES, _RowByRow, pair_scorer
 from cdr_dist.training import full_ranking as module
 from cdr_dist.training.evaluate import evaluation_rows
+from cdr_dist.training.evaluation_job import evaluation_job
 from cdr_dist.training.session import Session
 from cdr_dist.training.worker import phases_of
 from tests import datasets
@@ -131,6 +132,12 @@ def test_scores_that_are_not_finite_are_named():
     with pytest.raises(Exception, match="scores are not finite") as caught:
         on_workers(1, ranked, str(datasets.rated()), "joint", True, _nan)
     assert caught.type is UserError or "UserError" in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["ten", "0", "", "10,-1"])
+def test_a_malformed_k_is_named_before_anything_is_opened(given):
+    with pytest.raises(UserError, match=f"full_ks={given}: numbers of 1 or more are wanted"):
+        evaluation_job(["run=runs/none", f"full_ks={given}"])
 
 
 def _zero(session):
