@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cdr_dist.data.dataset import read_manifest
+from cdr_dist.data.lanes import Piece
 from cdr_dist.data.read_ahead import ReadAhead
+from cdr_dist.data.shards import ShardReader
+from tests import datasets
 
 ROWS = 128
 
@@ -40,6 +46,17 @@ def settled(ahead):
     end = time.monotonic() + 10
     while ahead.running and time.monotonic() < end:
         time.sleep(0.001)
+
+
+def test_streams_that_share_a_reader_fetch_a_row_group_once(monkeypatch):
+    folder = str(datasets.rated())
+    manifest = read_manifest(folder)
+    reader, source = ShardReader(folder, manifest, "train", ["user"]), Source(seconds=0.05)
+    monkeypatch.setattr(reader, "_ahead", SimpleNamespace(get=source))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: reader.read(Piece(0, 0, ROWS)), range(8)))
+    assert source.fetched == [0]
+    assert all(table.num_rows == ROWS for table in found)
 
 
 @settings(max_examples=60, deadline=None)

@@ -140,6 +140,26 @@ def test_the_next_windows_are_read_before_they_are_needed():
     assert len(reader.read_groups) == 10, "every group once, and the next epoch's first window"
 
 
+def test_the_windows_of_an_epoch_are_listed_once_a_window_not_once_a_step():
+    class Counting(Order):
+        listed = 0
+
+        def windows(self, lane):
+            Counting.listed += 1
+            return super().windows(lane)
+
+    from cdr_dist.data import stream as module
+
+    with replaced(module, "Order", Counting):
+        one = stream([10] * 16, 2, lanes=2, window=2)
+        for step in range(one.steps_per_epoch):
+            one.read(Place(0, step))
+        one.close()
+    assert one.steps_per_epoch == 80
+    # The epoch's own, and of each lane the four windows that are read ahead.
+    assert Counting.listed <= 2 + 2 * 4
+
+
 def test_all_reading_is_in_one_thread_which_close_ends():
     class Where(MemoryReader):
         def read(self, piece):

@@ -45,7 +45,8 @@ def full_ranking(session: Session, split: str, ks: Sequence[int]) -> dict[str, f
     """`full_hr@K`, `full_ndcg@K`, `full_mrr@K`, the same on any number of workers. A collective call.
 
     A row with label 1 is ranked among all items of the target vocabulary but those of its user's training behaviours,
-    with a source behaviour of the user's, a fixed draw; ties count as in `ranking`. UserError: a score that is not finite.
+    with a source behaviour of the user's, a fixed draw; ties count as in `ranking`. UserError: a score that is not
+    finite.
     """
     if not ks:
         return {}
