@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from cdr_dist.data.lists import Lists
+from cdr_dist.data.scattered import Scattered, compiled, element
 
 
 class Columns:
@@ -66,22 +67,17 @@ class StoredRows:
     def __getitem__(self, name: str) -> NDArray:
         """A column that is no list, [n]."""
         if name not in self._flat:
-            found = [columns.flat(name) for columns in self._columns]
-            kept = np.empty(len(self), dtype=np.int64 if found[0].dtype.kind == "i" else found[0].dtype)
-            for values, here in zip(found, self._here, strict=True):
-                kept[here] = values[self._row[here]]
-            self._flat[name] = kept
+            values = Scattered([columns.flat(name) for columns in self._columns])
+            self._flat[name] = values.gather(self._place, self._row, np.int64 if values.dtype.kind == "i" else None)
         return self._flat[name]
 
     def lists(self, name: str) -> Lists:
         if name not in self._lists:
-            found = [columns.lists(name) for columns in self._columns]
-            starts, lengths = np.empty(len(self), dtype=np.int64), np.empty(len(self), dtype=np.int64)
-            for (_, offsets), here in zip(found, self._here, strict=True):
-                row = self._row[here]
-                starts[here] = offsets[row]
-                lengths[here] = offsets[row + 1] - starts[here]
-            self._lists[name] = Lists([values for values, _ in found], self._place, starts, lengths)
+            values, offsets = zip(*(columns.lists(name) for columns in self._columns), strict=True)
+            bounds = np.empty((2, len(self)), dtype=np.int64)
+            of = Scattered(offsets)
+            _bounds(of.addresses, of.like, self._place, self._row, bounds)
+            self._lists[name] = Lists(Scattered(values), self._place, *bounds)
         return self._lists[name]
 
     def cut(self, sizes: Sequence[int]) -> list[StoredRows]:
@@ -89,9 +85,11 @@ class StoredRows:
         edges = itertools.pairwise(np.cumsum([0, *sizes]).tolist())
         return [StoredRows(self._columns, self._place[a:b], self._row[a:b]) for a, b in edges]
 
-    @cached_property
-    def _here(self) -> list[NDArray | slice]:
-        """Which rows lie in each of the columns."""
-        if len(self._columns) == 1:
-            return [slice(None)]
-        return [np.flatnonzero(self._place == number) for number in range(len(self._columns))]
+
+@compiled
+def _bounds(addresses: Any, like: Any, place: Any, row: Any, bounds: Any) -> None:
+    """Where each row's list starts, and its length."""
+    for i in range(len(row)):
+        address = addresses[place[i]]
+        start = element(address, row[i], like)
+        bounds[0, i], bounds[1, i] = start, element(address, row[i] + 1, like) - start
