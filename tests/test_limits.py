@@ -122,7 +122,8 @@ def test_without_crossing_the_towers_are_independent_and_equal_the_single_domain
     single.target_head.weight.data.copy_(both.target_head.weight)
     for cross in both.cross:
         torch.nn.init.zeros_(cross.weight)
-    assert torch.equal(both(given, Labels).target_logit, single(given, Labels).target_logit)
+    # Up to rounding: the joined towers are a wider matrix product.
+    torch.testing.assert_close(both(given, Labels).target_logit, single(given, Labels).target_logit)
     moved = given | {"source_item": given["source_item"] + 1}
     assert torch.equal(both(moved, Labels).target_logit, both(given, Labels).target_logit)
     assert not torch.equal(conet()(moved, Labels).target_logit, conet()(given, Labels).target_logit)

@@ -12,6 +12,9 @@ from cdr_dist.data.batch import BatchBuilder, HoldOut
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.options import BatchOptions
 from cdr_dist.data.stored_rows import StoredRows
+from cdr_dist.models.protocol import cross_entropy
+from cdr_dist.training.accumulation import Part
+from cdr_dist.training.lower import add_head_gradient
 from tests import datasets
 
 
@@ -104,3 +107,18 @@ def test_adagrad_norm_does_not_depend_on_the_scale_of_the_loss():
     x.grad = torch.zeros(1)
     AdaGradNorm([x], lr=1.0).step()
     assert x.item() == 1.0
+
+
+def test_the_extra_heads_gradient_is_that_of_its_loss():
+    """Written down in `lower`, against autograd's; it is added to what is there, and rows of weight 0 do not count."""
+    random = torch.Generator().manual_seed(0)
+    features, label = torch.randn(6, 3, generator=random), torch.tensor([1.0, 0, 1, 1, 0, 0])
+    rows = Part(label, label, torch.tensor([1.0, 1, 1, 0, 1, 1]))
+    head = torch.nn.Linear(3, 1)
+    loss = (rows.weight * cross_entropy(head(features).squeeze(1), label)).sum() / 10
+    wanted = torch.autograd.grad(loss, list(head.parameters()))
+    for parameter in head.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    add_head_gradient(head, features, rows, 10)
+    for parameter, gradient in zip(head.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, 1 + gradient)

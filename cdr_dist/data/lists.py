@@ -46,9 +46,7 @@ class Lists:
 
 
 @compiled
-def _pick(
-    addresses: Any, like: Any, place: Any, starts: Any, lengths: Any, rows: Any, index: Any, found: Any
-) -> None:
+def _pick(addresses: Any, like: Any, place: Any, starts: Any, lengths: Any, rows: Any, index: Any, found: Any) -> None:
     for i in range(len(rows)):
         row = rows[i]
         if lengths[row] > 0:

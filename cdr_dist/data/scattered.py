@@ -14,7 +14,7 @@ import numpy as np
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-compiled = numba.njit(nogil=True, cache=True)
+compiled: Any = numba.njit(nogil=True, cache=True)
 """Compiled when it is first called, once a machine: numba keeps the result beside the source."""
 
 
@@ -35,8 +35,7 @@ class Scattered:
         return found
 
 
-@intrinsic
-def element(_typing: Any, address: Any, index: Any, like: Any) -> Any:
+def _element(_typing: Any, address: Any, index: Any, like: Any) -> Any:
     """The element at `index` of the array at `address`, whose type is that of `like`. Nothing is checked."""
     signature = like.dtype(address, index, like)
 
@@ -46,6 +45,10 @@ def element(_typing: Any, address: Any, index: Any, like: Any) -> Any:
         return builder.load(builder.gep(start, [arguments[1]], source_etype=kind), typ=kind)
 
     return signature, generate
+
+
+element: Any = intrinsic(_element)
+"""In a compiled loop: element(address, index, like), see `_element`."""
 
 
 @compiled

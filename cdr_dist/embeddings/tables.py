@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numba
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -167,15 +168,13 @@ class ShardedTables:
             for line, name in zip(every, self._names, strict=True):
                 if name in ids:
                     line[: len(ids[name])] = ids[name]
-        taken = every != 0
-        offsets = torch.zeros(taken.numel() + 1, dtype=torch.int64, device=self.device)
-        torch.cumsum(taken.flatten(), 0, out=offsets[1:])
-        local = (every - self._firsts)[taken] if rank() else every[taken]
+        local, offsets = _bags(every, self._firsts)
         out = self._kernel(local, offsets)
         if self._pooled:  # [longest, tables x width]
             by_table = out.view(longest, len(self._names), -1).unbind(1)
         else:
-            whole = out.new_zeros(taken.numel(), out.shape[1]).index_copy(0, taken.flatten().nonzero().squeeze(1), out)
+            taken = every.flatten().nonzero().squeeze(1)
+            whole = out.new_zeros(every.numel(), out.shape[1]).index_copy(0, taken, out)
             by_table = whole.view(len(self._names), longest, -1).unbind(0)
         found = {name: rows for name, rows in zip(self._names, by_table, strict=True) if name in ids}
         # A slice of all rows would cost a copy in the backward pass.
@@ -191,6 +190,30 @@ class ShardedTables:
         for name, (first, shard) in self.shards().items():
             spec = self.specs[name]
             shard.copy_(normal_rows(seed, f"table.{name}", first, shard.shape[0], spec.width, spec.init_std))
+
+
+def _bags(every: Tensor, firsts: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids [tables, n] and each table's first id here [tables, 1] -> those but 0, counted from the first, and the
+    offsets [tables x n + 1] of bags that hold one id or none."""
+    offsets = torch.zeros(every.numel() + 1, dtype=torch.int64, device=every.device)
+    if every.device.type == "cpu":  # in one go: a small batch pays for every operator
+        local = torch.empty(every.numel(), dtype=torch.int64)
+        return local[: _bags_at_once(every.numpy(), firsts.numpy(), local.numpy(), offsets.numpy())], offsets
+    taken = every != 0
+    torch.cumsum(taken.flatten(), 0, out=offsets[1:])
+    return (every - firsts)[taken], offsets
+
+
+@numba.njit(nogil=True, cache=True)
+def _bags_at_once(every: Any, firsts: Any, local: Any, offsets: Any) -> int:
+    found = 0
+    for table in range(every.shape[0]):
+        for i in range(every.shape[1]):
+            if every[table, i] != 0:
+                local[found] = every[table, i] - firsts[table, 0]
+                found += 1
+            offsets[table * every.shape[1] + i + 1] = found
+    return found
 
 
 class _Picked(torch.autograd.Function):

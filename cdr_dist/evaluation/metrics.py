@@ -97,15 +97,15 @@ def auc(labels: ArrayLike, scores: ArrayLike) -> float:
     From ranks (Mann-Whitney), exact to the last rounding. Functions that apply a sigmoid in float32 first, as
     torchmetrics' `binary_auroc` does, tie all logits above about 17.
     """
-    positive = np.asarray(labels) > 0
-    positives = int(np.count_nonzero(positive))
-    pairs = positives * (len(positive) - positives)
+    score, positive = np.asarray(scores, dtype=np.float64), np.asarray(labels) > 0
+    own, every = np.sort(score[positive]), np.sort(score)
+    positives = len(own)
+    pairs = positives * (len(every) - positives)
     if not pairs:
         return float("nan")
-    _, value, ties = np.unique(np.asarray(scores, dtype=np.float64), return_inverse=True, return_counts=True)
-    mean_rank = np.cumsum(ties) - (ties - 1) / 2  # equal scores share the mean of their ranks
-    rank_sum = float(mean_rank[value[positive]].sum())
-    return (rank_sum - positives * (positives + 1) / 2) / pairs
+    # Equal scores share the mean of their ranks; twice that is a whole number.
+    twice_ranks = np.searchsorted(every, own) + np.searchsorted(every, own, side="right") + 1
+    return (int(twice_ranks.sum()) / 2 - positives * (positives + 1) / 2) / pairs
 
 
 def gauc(users: ArrayLike, labels: ArrayLike, scores: ArrayLike) -> tuple[float, int]:
@@ -164,8 +164,10 @@ def ranking(groups: ArrayLike, labels: ArrayLike, scores: ArrayLike, ks: Sequenc
     if not len(group):
         return gains_at_ranks(np.zeros(0, np.int64), np.zeros(0, np.int64), ks)
     positive = np.asarray(labels) > 0
-    order = np.lexsort((~positive, group))
-    group, score, positive = group[order], score[order], positive[order]
+    ordered = (group[1:] > group[:-1]) | ((group[1:] == group[:-1]) & ~positive[1:])
+    if not ordered.all():  # as `Predictions.gather` has them
+        order = np.lexsort((~positive, group))
+        group, score, positive = group[order], score[order], positive[order]
     first, size = _runs(group[1:] != group[:-1])
     wrong = int(np.count_nonzero(np.add.reduceat(positive.astype(np.int64), first) != 1))
     if wrong:
