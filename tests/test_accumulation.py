@@ -61,8 +61,8 @@ def test_parts_give_the_parameters_of_the_whole(recipe, parts, workers):
 def test_weights_that_pass_a_gradient_on_do_so_in_parts():
     """perceptron.item_gradient, as released: the item's row gets a gradient through the weights of the whole batch."""
     assert from_words(RELEASED).perceptron.item_gradient
-    whole = trained("biao", 1, 1, tuple(RELEASED))
-    assert furthest(whole, trained("biao", 3, 1, tuple(RELEASED))) < 1e-5
+    whole = trained("biao", 1, 1, tuple(RELEASED), within=with_unequal_weights)
+    assert furthest(whole, trained("biao", 3, 1, tuple(RELEASED), within=with_unequal_weights)) < 1e-5
 
     lost = trained("biao", 3, 1, tuple(RELEASED), within=without_the_gradient_of_weights)
     assert furthest(whole, lost) > 1e-4
@@ -74,7 +74,10 @@ def without_the_gradient_of_weights():
     def detached(rows, batch, features, weights, losses, parts):
         return original(rows, batch, features, lambda embedded: weights(embedded).detach(), losses, parts)
 
-    return replaced(lower, "backward_in_parts", detached)
+    stack = contextlib.ExitStack()
+    stack.enter_context(with_unequal_weights())
+    stack.enter_context(replaced(lower, "backward_in_parts", detached))
+    return stack
 
 
 def test_an_update_of_the_tables_for_every_part_is_seen():
