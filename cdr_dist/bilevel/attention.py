@@ -22,6 +22,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from cdr_dist.bilevel.attention_loops import looped_attention, loops_fit
+
 
 class PooledAttention(nn.Module):
     """Multi-head self-attention over one history, mean over positions. No biases, no output projection.
@@ -67,10 +69,14 @@ def pooled_attention(
     if padding is not None:  # one row of zeros that fills all histories up
         items.append(items[0].new_zeros(1, items[0].shape[1]))
     sides = [a.query.weight[:, half:] for a in attentions] + [a.value.weight[:, half:] for a in attentions]
-    from_source, added = (source @ torch.cat(sides).T).chunk(2, dim=1)
+    of_source = source @ torch.cat(sides).T
+    each = [lengths for _, _, lengths in histories]
+    if padding is None and loops_fit([*items, of_source], each, heads * shape[1]):
+        return looped_attention(items, [position for _, position, _ in histories], each, of_source, heads)
+    from_source, added = of_source.chunk(2, dim=1)
     # A history after its owner's other one: [H x attentions, heads, copies, d].
     queries = from_source.reshape(shape).permute(0, 2, 3, 1, 4).flatten(0, 1)
-    of_domain = torch.stack([lengths for _, _, lengths in histories])
+    of_domain = torch.stack(each)
     starts = (of_domain.flatten().cumsum(0).view_as(of_domain) - of_domain).T.flatten()
     lengths = of_domain.T.flatten()
     unique, position = torch.cat(items), torch.cat(positions)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdr_dist.data.scattered import Scattered, compiled, element
+from cdr_dist.compiled import compiled
+from cdr_dist.data.scattered import Scattered, element
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Lists:
         return self.values.addresses, self.values.like, self.place, self.starts, self.lengths
 
 
-@compiled
+@compiled()
 def _pick(addresses: Any, like: Any, place: Any, starts: Any, lengths: Any, rows: Any, index: Any, found: Any) -> None:
     for i in range(len(rows)):
         row = rows[i]
@@ -53,7 +54,7 @@ def _pick(addresses: Any, like: Any, place: Any, starts: Any, lengths: Any, rows
             found[i] = element(addresses[place[row]], starts[row] + index[i], like)
 
 
-@compiled
+@compiled()
 def _copy(addresses: Any, like: Any, place: Any, starts: Any, lengths: Any, rows: Any, taken: Any, found: Any) -> None:
     to = 0
     for i in range(len(rows)):
@@ -64,7 +65,7 @@ def _copy(addresses: Any, like: Any, place: Any, starts: Any, lengths: Any, rows
         to += count
 
 
-@compiled
+@compiled()
 def _contain(
     addresses: Any, like: Any, place: Any, starts: Any, lengths: Any, rows: Any, value: Any, found: Any
 ) -> None:

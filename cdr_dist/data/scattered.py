@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-compiled: Any = numba.njit(nogil=True, cache=True)
-"""Compiled when it is first called, once a machine: numba keeps the result beside the source."""
+from cdr_dist.compiled import compiled
 
 
 class Scattered:
@@ -51,7 +49,7 @@ element: Any = intrinsic(_element)
 """In a compiled loop: element(address, index, like), see `_element`."""
 
 
-@compiled
+@compiled()
 def _gather(addresses: Any, like: Any, place: Any, row: Any, found: Any) -> None:
     for i in range(len(row)):
         found[i] = element(addresses[place[i]], row[i], like)

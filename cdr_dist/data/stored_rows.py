@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from cdr_dist.compiled import compiled
 from cdr_dist.data.lists import Lists
-from cdr_dist.data.scattered import Scattered, compiled, element
+from cdr_dist.data.scattered import Scattered, element
 
 
 class Columns:
@@ -86,7 +87,7 @@ class StoredRows:
         return [StoredRows(self._columns, self._place[a:b], self._row[a:b]) for a, b in edges]
 
 
-@compiled
+@compiled()
 def _bounds(addresses: Any, like: Any, place: Any, row: Any, bounds: Any) -> None:
     """Where each row's list starts, and its length."""
     for i in range(len(row)):

@@ -14,7 +14,6 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numba
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -34,6 +33,7 @@ from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 
+from cdr_dist.compiled import compiled
 from cdr_dist.embeddings.exchange import RowExchange
 from cdr_dist.embeddings.initialisation import normal_rows
 from cdr_dist.embeddings.options import TableOptions, TableSpec
@@ -204,7 +204,7 @@ def _bags(every: Tensor, firsts: Tensor) -> tuple[Tensor, Tensor]:
     return (every - firsts)[taken], offsets
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _bags_at_once(every: Any, firsts: Any, local: Any, offsets: Any) -> int:
     found = 0
     for table in range(every.shape[0]):
