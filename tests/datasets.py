@@ -11,6 +11,7 @@ from pathlib import Path
 
 import polars as pl
 
+from cdr_dist.data.dataset import checksum_of
 from cdr_dist.data.prepare import prepare
 from cdr_dist.data.prepare_options import PrepareOptions
 from cdr_dist.data.synthetic import Planted, planted_logs
@@ -46,10 +47,10 @@ def copied(dataset: Path, into: Path) -> Path:
 
 
 def edited(dataset: Path, **values: object) -> Path:
-    """Changes top-level entries of a copy's manifest; None removes one."""
+    """A copy's manifest as if it had been written with these top-level entries; None removes one."""
     path = dataset / "manifest.json"
-    raw = json.loads(path.read_text()) | values
-    path.write_text(json.dumps({name: value for name, value in raw.items() if value is not None}))
+    raw = {n: value for n, value in (json.loads(path.read_text()) | values).items() if value is not None}
+    path.write_text(json.dumps(raw | {"checksum": checksum_of(raw)}))
     return dataset
 
 

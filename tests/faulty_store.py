@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 INTERNAL = b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"
@@ -32,6 +32,7 @@ class Request:
     query: str
     span: str  # of the Range header
     times: int  # how often it came before
+    key_id: str  # that signed it
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -62,6 +63,8 @@ class FaultyStore:
         self._upstream = (host, port)
         self.plan: Callable[[Request], str | None] = lambda request: None
         self.seen: list[Request] = []
+        self.stalled_s: list[float] = []
+        """How long each stalled answer was waited for."""
         self._times: Counter[tuple[str, ...]] = Counter()
         self._lock, self._over = threading.Lock(), threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
@@ -72,6 +75,7 @@ class FaultyStore:
         with self._lock:
             self.plan = lambda request: None
             self.seen.clear()
+            self.stalled_s.clear()
             self._times.clear()
 
     def close(self) -> None:
@@ -98,7 +102,9 @@ class FaultyStore:
             if fault == "reset":
                 _reset(client)
             elif fault == "stall":
+                start = time.monotonic()
                 self._wait(client)
+                self.stalled_s.append(time.monotonic() - start)
             elif fault in REFUSALS:
                 status, content = REFUSALS[fault]
                 content = b"" if request.method == "HEAD" else content
@@ -145,9 +151,10 @@ class FaultyStore:
         headers = {
             name.lower(): value.strip() for name, _, value in (line.decode().partition(":") for line in lines[1:])
         }
-        first = Request(method, path, query, headers.get("range", ""), 0)
+        key_id = headers.get("authorization", "").partition("Credential=")[2].partition("/")[0]
+        first = Request(method, path, query, headers.get("range", ""), 0, key_id)
         with self._lock:
-            request = Request(method, path, query, first.span, self._times[first.key])
+            request = replace(first, times=self._times[first.key])
             self._times[first.key] += 1
             self.seen.append(request)
         kept = [line for line in lines if not line.lower().startswith((b"connection:", b"expect:"))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -17,14 +18,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cdr_dist.bilevel.options import PerceptronOptions
 from cdr_dist.bilevel.perceptron import HISTORIES, BehaviouralPerceptron, PerceptronInput, history_items
-from cdr_dist.errors import UserError
+from tests import reference
 from tests.problem import replaced
-from tools import bench, bench_prepare, bench_prepare_polars, bench_upper
-from tools.bench_case import Case, Run, measured
+from tools import bench, bench_case, bench_check, bench_prepare, bench_prepare_polars, bench_upper
+from tools.bench_case import ONE_THREAD, Case, Run, measured
 from tools.bench_check import Committed, of_repeats, worse
-from tools.bench_lower import Plain, lower_training
+from tools.bench_flops import conet_flops, counted_flops, lower_flops, perceptron_flops
+from tools.bench_lower import WANTED, Plain, lower_training
 from tools.bench_lower_limit import Bare
 from tools.bench_perceptron import Padded
+from tools.bench_upper import as_reference
 
 
 def test_the_padded_baseline_is_our_perceptron_as_released():
@@ -93,6 +96,45 @@ def test_the_baselines_of_a_lower_step_train_as_ours_does(held, baseline, optimi
     assert float((rows - ours).norm()) < 1e-3 * float((ours - before).norm())
 
 
+@pytest.mark.parametrize("kind", WANTED)
+def test_the_plain_baselines_are_the_dense_reference_with_their_optimiser(held, kind):
+    """Losses and rows after three steps, to float32's rounding; heads that pass a gradient on from the first step."""
+    session = lower_training(True, 32, 8, held).session
+    for head in (session.model.target_head, session.model.source_head):
+        torch.nn.init.constant_(head.weight, 0.5)
+    plain = Plain(session, kind)
+    tables = {n: rows.clone().requires_grad_() for n, (_, rows) in session.tables.shards().items()}
+    dense = {n: p.detach().clone().requires_grad_() for n, p in session.model.named_parameters()}
+    batches = [as_reference(b) | {"source_valid": b.source_valid} for _, b in plain.batches[:3]]
+    before, rate = {n: t.detach().clone() for n, t in tables.items()}, session.config.tables.lr
+    losses = reference_losses(kind, tables, dense, batches, rate, session.config.dense.lr)
+    assert [plain.step() for _ in losses] == pytest.approx(losses, rel=1e-6)
+    for name, table in tables.items():
+        moved = float((table.detach() - before[name]).norm())
+        assert moved > 0
+        assert float((plain.tables[name].weight - table).detach().norm()) < 1e-4 * moved
+
+
+def reference_losses(kind, tables, dense, batches, lr_tables, lr_dense):
+    """Joint steps of tests/reference.py, in place: row-wise Adagrad is its own, Adagrad and Adam are torch's, dense."""
+    if kind == "sparse by hand":
+        weigh = lambda _, batch: reference.joint_weights(batch, 1.0)  # noqa: E731
+        return reference.train(tables, dense, batches, len(batches), lr_tables, lr_dense, weigh)
+    optimisers = [torch.optim.Adam([*dense.values(), *(tables.values() if kind == "dense" else ())], lr=lr_dense)]
+    if kind == "sparse":
+        optimisers.append(torch.optim.Adagrad(tables.values(), lr=lr_tables, eps=1e-8))
+    losses = []
+    for batch in batches:
+        target, source, _ = reference.conet(tables, dense, batch)
+        loss = reference.joint_loss(target, source, batch, 1.0)
+        loss.backward()
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def test_the_dense_hypergradient_is_ours_with_the_same_weights(held):
     case = bench_upper.series_case(True, 300, 1.0, held)
     ours, (dense, _) = case.ours().phi["score"], case.baseline()
@@ -118,6 +160,82 @@ def test_units_and_sides_that_measure_themselves():
     assert (once.seconds, once.baseline_seconds, once.ratio, once.peak_rss_gb) == (2.0, 4.0, 2.0, 1.5)
 
 
+def test_sides_take_turns_and_medians_are_compared():
+    order = []
+
+    def scripted(name, seconds):
+        left = iter(seconds)
+
+        def side():
+            order.append(name)
+            return Run(next(left))
+
+        return side
+
+    # The first of each only says how often it is called in a turn.
+    found = measured(
+        "s", "c", Case(1.0, scripted("ours", [5, 1, 9, 2]), scripted("base", [5, 4, 3, 30]), rounds=3), False
+    )
+    assert order == ["ours", "base"] * 4
+    assert (found.seconds, found.baseline_seconds, found.ratio) == (2, 4, 2.0)
+
+
+def test_the_share_of_the_roofline_is_of_the_work_of_a_unit():
+    with replaced(bench_case, "gemm_rate", lambda: 100.0), replaced(bench_case, "copy_rate", lambda: 10.0):
+
+        def share(moved=0.0, **work):
+            case = Case(1.0, lambda: Run(4.0, nbytes=moved), lambda: Run(1.0), units=(2.0, 1.0), **work)
+            return measured("s", "c", case, True).roofline_share
+
+        assert share(flops=50.0) == 50.0 / 2.0 / 100.0
+        assert share(nbytes=5.0) == share(moved=10.0) == 5.0 / 2.0 / 10.0
+        assert share() is None
+
+
+def test_flops_are_those_that_are_computed(held):
+    training = lower_training(True, 32, 8, held)
+    step = partial(training.steps, 1)
+    assert lower_flops(training.session) == counted_flops(step) == 3 * 32 * conet_flops(training.session.config)
+
+
+def test_flops_of_the_perceptron_are_at_most_those_of_padded_operators():
+    """Histories of one length: nothing is filled up, and operators compute the scores of every copy."""
+    rows, n, copies, width = 12, 6, 1, 4
+    torch.manual_seed(3)
+    perceptron = BehaviouralPerceptron(width, PerceptronOptions())
+    lists = torch.randint(1, 9, (4 * rows // copies * n,))
+    jagged = KeyedJaggedTensor(
+        keys=[f"{d}_history_{part}" for d in HISTORIES for part in ("item", "category")],
+        values=lists,
+        lengths=torch.full((4 * rows // copies,), n),
+    )
+    found = history_items(jagged)
+    seen = PerceptronInput(
+        item=torch.randn(rows, 2 * width),
+        history={d: torch.randn(len(found[d].item), 2 * width) for d in HISTORIES},
+        position={d: found[d].position for d in HISTORIES},
+        lengths={d: found[d].lengths for d in HISTORIES},
+    )
+    counted = counted_flops(lambda: perceptron(seen))
+    assert 0.7 * counted < perceptron_flops(perceptron, jagged, rows) <= counted
+
+
+def threads():
+    import numba
+    import pyarrow as pa
+
+    found = {"torch": torch.get_num_threads(), "polars": pl.thread_pool_size(), "arrow": pa.cpu_count()}
+    return found | {"numba": numba.get_num_threads()} | {name: int(os.environ[name]) for name in ONE_THREAD}
+
+
+def test_the_process_that_measures_has_one_thread(monkeypatch):
+    for name in ONE_THREAD:
+        monkeypatch.setenv(name, "2")
+    with bench.measuring_process(False) as process:
+        assert set(process.submit(threads).result().values()) == {1}
+    assert {os.environ[name] for name in ONE_THREAD} == {"2"}, "and ours keeps its own"
+
+
 def test_a_ratio_is_worse_beyond_noise_only():
     quiet, noisy = Committed("s", "quiet", 2.0, 0.01), Committed("s", "noisy", 2.0, 0.2)
     found = {("s", "quiet"): 1.81, ("s", "noisy"): 1.21}
@@ -129,22 +247,66 @@ def test_a_ratio_is_worse_beyond_noise_only():
 
 def test_committed_ratios_are_medians_with_their_range():
     assert of_repeats([{("s", "c"): r} for r in (1.0, 2.0, 2.5)]) == [Committed("s", "c", 2.0, 0.75)]
-    with pytest.raises(UserError, match="three"):
-        of_repeats([{("s", "c"): 1.0}] * 2)
 
 
-def test_the_check_says_which_ratio_is_worse(capsys):
-    from tools import bench_check
-
+def test_the_check_says_which_ratio_is_worse_and_what_it_does_not_look_at(capsys):
     committed = [Committed(**entry) for entry in json.loads(bench_check.RATIOS.read_text())]
-    assert {c.suite for c in committed} <= set(bench.SUITES)
-    results = [bench.Result(c.suite, c.case, "call", 1.0, c.ratio, c.ratio, 1.0, 0.1, None) for c in committed]
-    with replaced(bench, "run", lambda suites, quick: results):
+    results = {(c.suite, c.case): c.ratio for c in committed}
+    asked = []
+
+    def run(suites, quick, only):
+        asked.append(set(only))
+        return [bench.Result(*case, "call", 1.0, results[case], results[case], 1.0, 0.1, None) for case in only]
+
+    with replaced(bench, "run", run):
         bench_check.main([])
-    assert "WORSE" not in capsys.readouterr().out
-    with replaced(bench, "run", lambda suites, quick: results[1:]), pytest.raises(SystemExit, match="1"):
-        bench_check.main([])
+        shown = capsys.readouterr().out
+        assert "WORSE" not in shown
+        (line,) = [line for line in shown.splitlines() if line.startswith("not checked: start: ")]
+        assert "trainer.workers=2" in line
+        first = (committed[0].suite, committed[0].case)
+        results[first] = 0.0
+        asked.clear()
+        with pytest.raises(SystemExit, match="1"):
+            bench_check.main([])
+        assert asked == [set(results), {first}, {first}], "what looks worse is measured again"
     assert capsys.readouterr().out.count("WORSE") == 1
+
+
+def test_a_burst_of_load_is_not_a_regression():
+    committed, later = [Committed("s", "c", 2.0, 0.01)], iter([2.0, 1.9])
+    with replaced(bench_check, "measure", lambda cases: {("s", "c"): next(later)}):
+        assert bench_check.confirmed(committed, {("s", "c"): 0.5}) == {("s", "c"): 1.9}
+
+
+def test_what_is_checked_exists_and_is_written_with_its_noise(tmp_path):
+    cases = {(suite, case) for suite, of in bench_check.CHECKED.items() for case in of}
+    assert bench_check.CHECKED.keys() == set(bench.SUITES)
+    assert cases <= {(suite, case) for suite in bench.SUITES for case in bench.cases(suite, False, "")}
+    ratio = iter([1.0, 2.0, 2.5])
+
+    def run(suites, quick, only):
+        now = next(ratio)
+        return [bench.Result(*case, "call", 1.0, now, now, 1.0, 0.1, None) for case in only]
+
+    with replaced(bench_check, "RATIOS", tmp_path / "ratios.json"), replaced(bench, "run", run):
+        bench_check.main(["write"])
+        found = [Committed(**entry) for entry in json.loads(bench_check.RATIOS.read_text())]
+    assert {(c.suite, c.case) for c in found} == cases
+    assert {(c.ratio, c.noise) for c in found} == {(2.0, 0.75)}
+
+
+KEYS = {
+    "suite",
+    "case",
+    "unit",
+    "seconds",
+    "baseline_seconds",
+    "ratio",
+    "target",
+    "peak_rss_gb",
+    "roofline_share",
+}
 
 
 def test_every_suite_runs_quickly(capsys, tmp_path):
@@ -152,4 +314,9 @@ def test_every_suite_runs_quickly(capsys, tmp_path):
     found = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")] == found
     assert {one["suite"] for one in found} == set(bench.SUITES)
+    assert all(one.keys() == KEYS for one in found)
     assert all(one["seconds"] > 0 and one["ratio"] > 0 and one["peak_rss_gb"] > 0.05 for one in found)
+    shares = {(one["suite"], one["case"]): one["roofline_share"] for one in found}
+    assert {suite for (suite, _), share in shares.items() if share is None} == {"stall", "start"}
+    assert not [case for case, share in shares.items() if share is not None and not 0 < share <= 1.5]
+    assert all(share is None for (suite, _), share in shares.items() if suite in ("stall", "start"))

@@ -15,6 +15,7 @@ from cdr_dist.embeddings.tables import ShardedTables
 from cdr_dist.errors import UserError
 from cdr_dist.jobs import run_job
 from cdr_dist.training import memory as module
+from cdr_dist.training import worker
 from cdr_dist.training.job import train_job
 from cdr_dist.training.memory import GIB, PROCESS_BYTES, check_memory, check_memory_here, check_memory_of_cluster, need
 from cdr_dist.training.session import Session
@@ -126,6 +127,35 @@ def looked(rank, given, poor=None):
             return check_memory_here(config, read_manifest(config.data))
     except UserError as error:
         return str(error)
+
+
+def test_a_worker_is_refused_before_anything_is_built(tmp_path):
+    given = words(rated(), tmp_path / "run", "recipe=joint", "trainer.workers=2")
+    for answer in on_workers(2, refused, given, 1):
+        assert answer.startswith("a worker needs 0.80 GiB")
+    assert [type(answer) for answer in on_workers(2, refused, given, None)] == [Built, Built]
+
+
+class Built(Exception):  # noqa: N818 - that it is raised is what is looked at
+    """Stands for the allocations of a session."""
+
+
+def refused(rank, given, poor):
+    """What ends a worker's function."""
+    config = from_words(given)
+
+    def built(*_):
+        raise Built
+
+    free = (lambda: -GIB) if rank == poor else module.free_bytes
+    try:
+        with replaced(module, "free_bytes", free), replaced(worker, "Session", built):
+            worker.work(config, config.data, config.run)
+    except UserError as error:
+        return str(error)
+    except Built as error:
+        return error
+    raise AssertionError("it went on")
 
 
 def test_on_a_cluster_its_nodes_count_and_not_this_machine(large, monkeypatch, tmp_path):

@@ -5,7 +5,9 @@ The store is moto's server, or a real one that CDR_TEST_S3 names (`make test-s3`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -17,8 +19,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from moto.server import ThreadedMotoServer
 
-from cdr_dist.data import object_store, storage
+from cdr_dist.data import object_store, retries, storage
 from cdr_dist.data.dataset import SPLITS, read_manifest
 from cdr_dist.data.options import StorageOptions
 from cdr_dist.data.prepare import options_from_words, prepare
@@ -34,12 +37,16 @@ from cdr_dist.training.lease import Lease
 from cdr_dist.training.run_folder import RunFolder
 from tests.crashes import KILLED as KILLED_BY
 from tests.crashes import job
-from tests.datasets import USERS, rated, scratch
-from tests.faulty_store import FaultyStore, seeded
+from tests.datasets import USERS, copied, edited, rated, scratch
+from tests.faulty_store import LONGEST_S, FaultyStore, seeded
 from tests.runs import KILLED, summary, train, words
 
 ROOT = Path(__file__).parents[1]
-SECRET = "planted/secret+0123456789"
+PLANTED = {
+    "AWS_ACCESS_KEY_ID": "planted-key-id-0123",
+    "AWS_SECRET_ACCESS_KEY": "planted/secret+0123456789",
+    "AWS_SESSION_TOKEN": "planted//token+0123456789",
+}
 QUICK = StorageOptions(deadline_s=10.0, tries=4, backoff_s=0.02)
 QUICK_WORDS = ["storage.deadline_s=10", "storage.tries=4", "storage.backoff_s=0.02"]
 FAULTS = ["reset", "stall", "trickle", "lost", "truncate", "short", "500", "502", "503"]
@@ -54,11 +61,11 @@ def proxy():
         if real := os.environ.get("CDR_TEST_S3"):
             host, _, port = real.removeprefix("http://").partition(":")
         else:
-            server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+            server = ThreadedMotoServer(port=0, verbose=False)
             server.start()
             host, port = server.get_host_and_port()
-            patch.setenv("AWS_ACCESS_KEY_ID", "planted-key-id-0123")
-            patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+            for name, value in PLANTED.items():
+                patch.setenv(name, value)
         store = FaultyStore(host, int(port))
         patch.setenv("AWS_ENDPOINT_URL", store.url)
         patch.setenv("AWS_REGION", "us-east-1")
@@ -237,9 +244,7 @@ def test_what_no_try_can_cure_is_asked_once(store, what):
         assert len(store.seen) == 2
 
 
-def test_back_off_doubles_with_jitter_and_ends(monkeypatch):
-    from cdr_dist.data import retries
-
+def test_back_off_doubles_with_jitter_and_ends():
     storage.use(StorageOptions(backoff_s=0.5))
     waits = [[retries.wait_s(tried) for _ in range(200)] for tried in range(1, 10)]
     for tried, some in enumerate(waits):
@@ -281,7 +286,30 @@ def test_prepare_and_train_through_faults_give_the_bits_of_a_local_run(store, s3
     assert summary(tmp_path / "run")["parameters_sha256"] == undisturbed["parameters_sha256"]
     assert summary(tmp_path / "run")["throughput"]["replica_fallbacks"] == 0
     assert sum(request.times > 0 for request in store.seen) > 50
-    assert_no_secret(tmp_path)
+
+
+@contextlib.contextmanager
+def surrounded(values):
+    """A worker of a pool that began earlier has an environment of that time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        yield
+
+
+def test_two_workers_whose_server_stalls_give_the_bits_of_a_local_run(store, s3, tmp_path):
+    steps = ("recipe=joint", "trainer.max_steps=6")
+    train(words(rated(), tmp_path / "local", *steps), 2)
+    upload(rated(), s3)
+    store.reset()
+    stalling = ("/manifest.json", "/train/part-00000.parquet", "/train/part-00002.parquet", "/test/part-00000.parquet")
+    store.plan = lambda request: "stall" if request.times == 0 and request.path.endswith(stalling) else None
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    more = ("storage.deadline_s=1", "storage.tries=5", "storage.backoff_s=0.02")
+    train(words(s3, tmp_path / "run", *steps, *more), 2, within=functools.partial(surrounded, aws))
+    assert summary(tmp_path / "run")["parameters_sha256"] == summary(tmp_path / "local")["parameters_sha256"]
+    assert len(store.stalled_s) >= len(stalling)
+    assert max(store.stalled_s) < LONGEST_S / 2  # after LONGEST_S it ends by itself
 
 
 def test_a_server_that_stalls_during_a_run_ends_it_with_one_line(store, s3, tmp_path):
@@ -339,7 +367,7 @@ def test_a_job_ends_with_two(store, job, server, tmp_path):
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     (line,) = done.stderr.splitlines()
     assert re.fullmatch(rf"{job}: s3://bucket/\S+: {NO_ANSWER[server]}", line), line
-    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in line
+    assert not [value for value in credentials() if value in line]
 
 
 def dead_port():
@@ -350,23 +378,66 @@ def dead_port():
         return probe.getsockname()[1]
 
 
-def assert_no_secret(folder):
-    for file in Path(folder).rglob("*"):
-        if file.is_file():
-            assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in file.read_bytes(), file
+def credentials():
+    """Those of the environment; a shorter one, of a test server, may be part of any word."""
+    return [value for name in PLANTED if len(value := os.environ.get(name, "")) >= retries.SHORTEST_SECRET]
 
 
-def test_clients_words_are_told_without_credentials(monkeypatch):
-    monkeypatch.setenv("AWS_SESSION_TOKEN", "planted-token")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted/secret")
+def put_in_files(folder, monkeypatch):
+    """The credentials of the environment move to a profile of the standard file, whose default one is nobody's."""
+    mine = {name: os.environ[name] for name in PLANTED if name in os.environ}
+    lines = [f"{name.lower()} = {value}" for name, value in mine.items()]
+    nobody = ["aws_access_key_id = nobody", "aws_secret_access_key = nobody"]
+    (folder / "credentials").write_text("\n".join(["[default]", *nobody, "[chosen]", *lines]))
+    for name in mine:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(folder / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "chosen")
+
+
+@pytest.mark.parametrize("place", ["environment", "files"])
+def test_credentials_are_found_and_nowhere_left(store, s3, place, tmp_path_factory, tmp_path, monkeypatch):
+    """By prepare, a run and a run that fails: not in what they write, nor on the screen."""
+    planted, key_id = credentials(), os.environ["AWS_ACCESS_KEY_ID"]
+    if place == "files":
+        put_in_files(tmp_path_factory.mktemp("home"), monkeypatch)
+    logs = [f"{role}={scratch() / 'rated-logs' / role}.parquet" for role in ("source", "target")]
+    data, run, screen = storage.join(s3, "dataset"), storage.join(s3, "run"), tmp_path / "screen"
+    given = [*logs, f"out={data}", f"rows_per_shard={USERS}", "seed=8", *QUICK_WORDS]
+    store.reset()
+    assert job("prepare", prepare_job, given, screen=screen) == 0
+    few = ("recipe=joint", "trainer.max_steps=3")
+    assert job("train", train_job, words(data, run, *few, *QUICK_WORDS), screen=screen) == 0
+    store.plan = lambda request: "403" if request.path.endswith("manifest.json") else None
+    assert job("train", train_job, words(data, tmp_path / "failed", *few, *QUICK_WORDS), screen=screen) == 2
+    assert {request.key_id for request in store.seen} == {key_id}
+    store.plan = lambda request: None
+    left = {uri: storage.read_bytes(uri) for uri in [*storage.files(s3), *storage.files(str(tmp_path))]}
+    assert {f"{data}/manifest.json", f"{run}/config.yaml", f"{run}/summary.json", str(screen)} < left.keys()
+    assert re.search(rb"manifest.json: cannot be read .(Access Denied|Forbidden)", left[str(screen)])
+    assert planted
+    for uri, content in left.items():
+        assert not [value for value in planted if value.encode() in content], uri
+
+
+@pytest.mark.parametrize("place", ["environment", "files"])
+def test_clients_words_are_told_without_credentials(store, place, tmp_path, monkeypatch):
+    for name in PLANTED:
+        monkeypatch.setenv(name, f"planted-{place}-{name}")
+    if place == "files":
+        put_in_files(tmp_path, monkeypatch)
+        store.plan = lambda request: "403"
+        with pytest.raises(UserError, match="cannot be"):
+            storage.read_bytes("s3://bucket/file")
     said = (
-        'no way to "http://me:planted@host/b?X-Amz-Signature=planted" with planted-token, planted/secret; '
+        'no way to "http://me:planted@host/b?X-Amz-Signature=planted" with '
+        f"{' '.join(f'planted-{place}-{name}' for name in PLANTED)}; "
         "Credential=planted/2026, Signature=planted\nplanted"
     )
     with pytest.raises(UserError) as error, storage.naming("file"):
         raise OSError(said)
     assert "planted" not in str(error.value)
-    assert str(error.value).startswith('file: cannot be read (no way to "http://***@host/b" with ***, ***; ')
+    assert str(error.value).startswith('file: cannot be read (no way to "http://***@host/b" with *** *** ***; ')
     assert error.value.__cause__ is None
     assert error.value.__suppress_context__
 
@@ -506,12 +577,12 @@ def test_all_replicas_dead_is_one_line(store, regions):
 
 
 @pytest.mark.parametrize("how", ["manifest", "shard"])
-def test_a_stale_replica_is_refused(store, regions, how):
+def test_a_stale_replica_is_refused(store, regions, how, tmp_path):
     us, eu = regions
     in_region("eu")
     if how == "manifest":
-        content = json.loads(storage.read_bytes(storage.join(eu, "manifest.json"))) | {"seed": 9}
-        storage.write_bytes(storage.join(eu, "manifest.json"), json.dumps(content).encode())
+        other = edited(copied(rated(), tmp_path), seed=9)
+        storage.write_bytes(storage.join(eu, "manifest.json"), (other / "manifest.json").read_bytes())
     else:
         shard = storage.join(eu, "train/part-00001.parquet")
         storage.write_bytes(shard, storage.read_bytes(shard)[:-7] + b"changed")
@@ -519,6 +590,31 @@ def test_a_stale_replica_is_refused(store, regions, how):
         UserError, match={"manifest": f"^{eu}: a stale replica", "shard": f"^{eu}/train/part-00001"}[how]
     ):
         verify(us, read_manifest(us))
+
+
+class Guarded(dict):
+    """Of places that failed: one thread's look at it must not meet another's entry."""
+
+    def __init__(self, lock):
+        super().__init__()
+        self._lock = lock
+
+    def items(self):
+        assert self._lock.locked()
+        return super().items()
+
+    def __setitem__(self, place, since):
+        assert self._lock.locked()
+        super().__setitem__(place, since)
+
+
+def test_threads_that_read_ahead_note_failures_one_after_another():
+    folder = str(rated())
+    replicas = Replicas(folder, read_manifest(folder))
+    replicas._failed = Guarded(replicas._lock)
+    with pytest.raises(storage.StorageError):
+        replicas.read("nothing", storage.read_bytes)
+    assert list(dict(replicas._failed)) == [folder]
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"eu": 3}', '{"eu": ""}', '"eu"'])

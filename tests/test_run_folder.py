@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
+from cdr_dist.errors import UserError
 from cdr_dist.training.console import Console
 from cdr_dist.training.run_folder import RunFolder
 
@@ -28,7 +31,7 @@ def test_a_follower_sees_every_line_once(tmp_path):
         half.write('{"step": 30, "spl')
     assert place.lines_after(seen) == ([], seen)
     with file.open("a") as rest:
-        rest.write('it": "train"}\n')
+        rest.write('it": "train", "values": {}, "time": 1.0}\n')
     lines, seen = place.lines_after(seen)
     assert steps(lines) == [30]
 
@@ -65,3 +68,71 @@ def test_the_console_shows_what_came_after_it_began(tmp_path, capsys):
         "joint seed 8  step 20  train  target_loss 0.2000",
         "joint seed 8  step 30  train  target_loss 0.3000",
     ]
+
+
+DAMAGE = {
+    "zeros": lambda line: bytes(len(line)),
+    "half": lambda line: line[: len(line) // 2],
+    "a number": lambda line: b"7",
+    "bytes": lambda line: b"\xff" + line,
+    "no step": lambda line: line.replace(b"step", b"stop"),
+    "empty": lambda line: b"",
+}
+
+
+def damaged(file, number, damage):
+    lines = file.read_bytes().splitlines()
+    lines[number - 1] = DAMAGE[damage](lines[number - 1])
+    file.write_bytes(b"\n".join(lines) + b"\n")
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_last_line_that_lost_power_is_dropped(damage, tmp_path):
+    place, file = RunFolder(str(tmp_path)), tmp_path / "metrics.jsonl"
+    log(place, 10, 20, 30)
+    damaged(file, 3, damage)
+    assert steps(place.lines()) == [10, 20]
+    place.forget_after(30)
+    log(place, 40)
+    assert steps(place.lines()) == [10, 20, 40]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_line_elsewhere_is_named(damage, tmp_path):
+    place, file = RunFolder(str(tmp_path)), tmp_path / "metrics.jsonl"
+    log(place, 10)
+    seen = place.lines_after(0)[1]
+    log(place, 20, 30)
+    damaged(file, 2, damage)
+    for read in (place.lines, lambda: place.lines_after(seen), lambda: place.forget_after(30)):
+        with pytest.raises(UserError, match=f"^{file}: line 2 is damaged; delete that line"):
+            read()
+    with pytest.raises(UserError, match="line 2 is damaged"), Console(place, "joint seed 8", 100):
+        pass
+
+
+def test_a_console_outlives_a_line_that_is_damaged_while_it_looks(tmp_path, capsys):
+    place, file, looked = RunFolder(str(tmp_path)), tmp_path / "metrics.jsonl", threading.Event()
+    log(place, 10)
+
+    def look(offset, before=place.lines_after):
+        try:
+            return before(offset)
+        except UserError:
+            looked.set()
+            raise
+
+    with Console(place, "joint seed 8", 100):
+        place.lines_after = look
+        file.write_bytes(b"{\n" + file.read_bytes())
+        assert looked.wait(20)
+        file.write_bytes(b"")
+        log(place, 123456)  # ends elsewhere than the line before
+    assert capsys.readouterr().err.splitlines() == ["joint seed 8  step 123456  train  target_loss 1234.5600"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"steps": 3}', b"\x00" * 40])
+def test_a_damaged_summary_is_named(content, tmp_path):
+    (tmp_path / "summary.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"^{tmp_path}/summary.json: damaged; delete it, and the same command"):
+        RunFolder(str(tmp_path)).summary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -168,12 +169,35 @@ def missing(folder):
     (folder / "train" / "part-00001.parquet").unlink()
 
 
+def changed(**values):
+    """By hand: an entry within an entry is changed alone, and the checksum stays."""
+
+    def change(folder):
+        path = folder / "manifest.json"
+        raw = json.loads(path.read_text())
+        for name, value in values.items():
+            raw[name] = raw[name] | value if isinstance(value, dict) else value
+        path.write_text(json.dumps(raw))
+
+    return change
+
+
+EDITED = "manifest.json: damaged or edited (its checksum is that of other entries); copy it again, or prepare"
 DAMAGE = {
     "empty folder": (nothing, "rated: not a dataset (no manifest.json)", "jobs/prepare.py"),
-    "cut manifest": (manifest_of(b'{"schema": 1, "sh'), "manifest.json: damaged manifest"),
+    "cut manifest": (manifest_of(b'{"schema": 2, "sh'), "manifest.json: damaged manifest"),
     "manifest of bytes": (manifest_of(b"\xff\xfe\x00\x01"), "manifest.json: damaged manifest"),
     "manifest of another kind": (manifest_of(b'"hello"'), "manifest.json: damaged manifest"),
-    "another schema": (lambda f: edited(f, schema=7), "manifest.json: schema version 7, this program reads 1"),
+    "another schema": (lambda f: edited(f, schema=7), "manifest.json: schema version 7, this program reads 2"),
+    "an older schema": (
+        lambda f: edited(f, schema=1),
+        "schema version 1, this program reads 2; prepare the dataset again, into an empty folder",
+    ),
+    "edited label": (changed(label="sampledx"), EDITED),
+    "edited rows": (changed(rows={"user": 7}), EDITED),
+    "edited negatives": (changed(eval_negatives=3), EDITED),
+    "edited checksum": (changed(checksum="0" * 64), EDITED),
+    "no checksum": (changed(checksum=None), EDITED),
     "no shards": (lambda f: edited(f, shards=None), "manifest.json: damaged manifest"),
     "unknown ids": (
         lambda f: edited(f, unknown={"train": 0.25}),

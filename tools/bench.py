@@ -7,9 +7,13 @@
     python tools/bench.py stream --json FILE       # the lines to a file as well
 
 One JSON line a case: seconds and baseline_seconds (medians, a unit of work; ours and the baseline take turns), ratio
-(the baseline's time over ours), peak_rss_gb (of a process of the case's own), roofline_share (FLOPs over seconds and
-the rate of this machine's matrix product, or bytes over seconds and the rate of its copy). Then a table. One thread a
-worker.
+(the baseline's time over ours), peak_rss_gb (of a process of the case's own), roofline_share. Then a table. One thread
+a worker.
+
+roofline_share is of one worker. FLOPs (bench_flops.py: the fewest that do the job; of upper steps, series and full
+ranking as torch counts them) over seconds and the rate of this machine's matrix product. Or bytes over seconds and the
+rate of its copy: `stream` (columns decoded, batches written), `prepare` (pages of logs and shards, uncompressed),
+`checkpoint` (rows read, copy written). null: `start` and `stall`, which are about waiting.
 """
 
 from __future__ import annotations
@@ -17,21 +21,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
 from cdr_dist.errors import UserError, nearest
 from cdr_dist.evaluation.table import markdown
 from cdr_dist.jobs import run_job
-from tools.bench_case import Build, Result, measured
+from tools.bench_case import ONE_THREAD, Build, Result, measured
 
 SUITES = (
     "perceptron",
@@ -46,6 +49,7 @@ SUITES = (
     "prepare",
     "evaluate",
     "epoch",
+    "checkpoint",
     "start",
 )
 """Each is a file bench_NAME.py beside this one; `cases(quick, data)` names its cases."""
@@ -55,20 +59,35 @@ def cases(suite: str, quick: bool, data: str) -> dict[str, Build]:
     return import_module(f"tools.bench_{suite}").cases(quick, data)
 
 
-def run(names: Sequence[str], quick: bool, data: str = "") -> list[Result]:
-    """Every case in a process of its own, one after the other; quick: all in one."""
-    spawn = multiprocessing.get_context("spawn")
+def run(
+    names: Sequence[str], quick: bool, data: str = "", only: Collection[tuple[str, str]] | None = None
+) -> list[Result]:
+    """Every case in a process of its own, one after the other; quick: all in one. only: of these (suite, case)."""
+    chosen = [(name, case) for name in names for case in cases(name, quick, data)]
     found = []
-    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=None if quick else 1) as process:
-        for name in names:
-            for case in cases(name, quick, data):
+    with measuring_process(quick) as process:
+        for name, case in chosen:
+            if only is None or (name, case) in only:
                 found.append(process.submit(_one, name, case, quick, data).result())
                 print(json.dumps(dataclasses.asdict(found[-1])), flush=True)
     return found
 
 
+@contextmanager
+def measuring_process(several: bool) -> Iterator[ProcessPoolExecutor]:
+    """With one thread for whatever computes. several: one process for all that is submitted."""
+    spawn, before = multiprocessing.get_context("spawn"), dict(os.environ)
+    os.environ.update(ONE_THREAD)
+    try:
+        with ProcessPoolExecutor(1, spawn, max_tasks_per_child=None if several else 1) as process:
+            yield process
+    finally:
+        for name in ONE_THREAD:
+            del os.environ[name]
+        os.environ.update(before)
+
+
 def _one(suite: str, case: str, quick: bool, data: str) -> Result:
-    torch.set_num_threads(1)
     with ExitStack() as held:
         return measured(suite, case, cases(suite, quick, data)[case](held), quick)
 

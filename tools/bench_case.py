@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 ROUNDS, SHORTEST = 25, 0.05
 """Turns of each side, and seconds that one takes at least: many short ones, because other load comes in bursts."""
+
+ONE_THREAD = dict.fromkeys(
+    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "POLARS_MAX_THREADS"), "1"
+)
+"""Environment of a process that measures, from its start. Arrow's pool of compute threads follows OMP's; its
+threads for files stay: a scan that pre-buffers waits in them."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,8 @@ class Run:
 
     seconds: float
     peak_rss_gb: float = 0.0
+    nbytes: float = 0.0
+    """Moved, where only the run can tell."""
 
 
 Side = Callable[[], Run | Any]
@@ -29,7 +37,8 @@ Side = Callable[[], Run | Any]
 class Case:
     """`target`: the ratio that is wanted, the baseline's time over ours, both a unit of work.
 
-    units: how many units one call of ours, and of the baseline, does. flops, nbytes: of ours, a unit.
+    units: how many units one call of ours, and of the baseline, does. flops, nbytes (read and written): of ours, a
+    unit and worker; neither: no roofline.
     """
 
     target: float
@@ -74,11 +83,11 @@ def measured(suite: str, name: str, case: Case, quick: bool) -> Result:
     ours, baseline = (
         statistics.median(run.seconds for run in runs) / units for runs, units in zip(found, case.units, strict=True)
     )
-    share = None
+    share, nbytes = None, case.nbytes or max(run.nbytes for run in found[0]) / case.units[0]
     if case.flops:
         share = case.flops / ours / gemm_rate()
-    elif case.nbytes:
-        share = case.nbytes / ours / copy_rate()
+    elif nbytes:
+        share = nbytes / ours / copy_rate()
     peak = max(run.peak_rss_gb for run in found[0]) or peak_rss_gb()
     return Result(suite, name, case.unit, ours, baseline, baseline / ours, case.target, peak, share)
 
@@ -93,8 +102,8 @@ def _turn(side: Side, calls: int) -> Run:
 
 
 def peak_rss_gb() -> float:
-    """Of this process so far, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Of this process so far, in GiB. Not by rusage, which starts from the parent's peak."""
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 2**20
 
 
 def gemm_rate() -> float:

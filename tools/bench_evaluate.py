@@ -11,6 +11,7 @@ from cdr_dist.training.evaluate import evaluate
 from cdr_dist.training.full_ranking import full_ranking
 from tools.bench_case import Build, Case, Run
 from tools.bench_data import Shape, scratch, written
+from tools.bench_flops import conet_flops, counted_flops
 from tools.bench_training import Training
 
 RECBOLE_CDR_S = 158.0
@@ -41,6 +42,7 @@ def case(quick: bool, batch: int, held: ExitStack) -> Case:
         partial(training.steps, steps),
         unit="1,000 examples",
         units=(2 * rows / 1000, steps * batch / 1000),
+        flops=1000 * conet_flops(training.session.config),
         rounds=5,
     )
 
@@ -55,7 +57,8 @@ def ranking_case(quick: bool, ks: tuple[int, ...], share: float, data: str, held
     pairs = manifest.examples("test") * manifest.counts["target_items"]
     ours = partial(full_ranking, training.session, "test", ks)
     unit, units = f"{USERS} x {ITEMS} pairs", (pairs / (USERS * ITEMS), 1.0)
-    return Case(RECBOLE_CDR_S / 30, ours, lambda: Run(RECBOLE_CDR_S), unit=unit, units=units, rounds=3)
+    flops = counted_flops(ours) / units[0]  # how many pairs are scored depends on the scores
+    return Case(RECBOLE_CDR_S / 30, ours, lambda: Run(RECBOLE_CDR_S), unit=unit, units=units, flops=flops, rounds=3)
 
 
 def _generated(folder: str, users: int, items: int) -> str:

@@ -14,7 +14,8 @@ from cdr_dist.data.batch import Batch
 from cdr_dist.models.protocol import Output
 from tools.bench_case import Build, Case
 from tools.bench_data import Shape, written
-from tools.bench_training import Training, conet_flops
+from tools.bench_flops import lower_flops
+from tools.bench_training import Training
 
 BATCHES = 32
 WANTED = {"sparse": 1.3, "sparse by hand": 1.0, "dense": 60.0}
@@ -36,7 +37,7 @@ def case(quick: bool, batch: int, width: int, baseline: str, held: ExitStack) ->
         ours=partial(training.steps, 1),
         baseline=plain.step,
         unit="step",
-        flops=batch * conet_flops(training.session),
+        flops=lower_flops(training.session),
         rounds=5 if baseline == "dense" else 25,
     )
 

@@ -16,8 +16,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 
 from tools.bench_case import Build, Case
+from tools.bench_flops import lower_flops
 from tools.bench_lower import loss_of, lower_training
-from tools.bench_training import conet_flops
 
 
 def cases(quick: bool, data: str) -> dict[str, Build]:
@@ -28,7 +28,7 @@ def cases(quick: bool, data: str) -> dict[str, Build]:
 def case(quick: bool, batch: int, width: int, target: float, held: ExitStack) -> Case:
     training = lower_training(quick, batch, width, held)
     bare = Bare(training.session)
-    flops = batch * conet_flops(training.session)
+    flops = lower_flops(training.session)
     return Case(target, partial(training.steps, 1), bare.step, unit="step", flops=flops)
 
 

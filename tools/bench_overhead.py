@@ -10,6 +10,7 @@ from cdr_dist.data.demo import write_planted
 from cdr_dist.data.synthetic import Planted
 from tools.bench_case import Build, Case
 from tools.bench_data import scratch
+from tools.bench_flops import counted_flops, lower_flops
 from tools.bench_training import Training
 
 
@@ -36,7 +37,8 @@ def case(quick: bool, data: str, interval: int, against: str, target: float, hel
     baseline = Training(held, folder, [against or "recipe=biao", *words], upper=False)
     steps = interval * (1 if quick else max(1, 200 // interval))
     sides = (partial(ours.steps, steps), partial(baseline.steps, steps))
-    return Case(target, *sides, unit="step", units=(steps, steps), rounds=5)
+    flops = lower_flops(ours.session) + counted_flops(partial(ours.update[False].run, False)) / interval
+    return Case(target, *sides, unit="step", units=(steps, steps), flops=flops, rounds=5)
 
 
 def _planted(quick: bool, held: ExitStack) -> str:

@@ -18,6 +18,7 @@ from cdr_dist.bilevel.options import PerceptronOptions
 from cdr_dist.bilevel.perceptron import HISTORIES, BehaviouralPerceptron, PerceptronInput, history_items
 from cdr_dist.data.dataset import read_manifest
 from tools.bench_case import Build, Case
+from tools.bench_flops import perceptron_flops
 
 ITEMS = 6000
 
@@ -100,7 +101,7 @@ def case(rows: int, width: int, longest: int, draws: int, data: str, _: ExitStac
         return baseline(tables, source, padded)
 
     target = 5.0 if width >= 64 else 2.0
-    return Case(target, jagged_forward, padded_forward)
+    return Case(target, jagged_forward, padded_forward, flops=perceptron_flops(ours, jagged, rows))
 
 
 def _histories(rows: int, longest: int, data: str) -> dict[str, list[np.ndarray]]:

@@ -8,16 +8,17 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cdr_dist.data.prepare import prepare
 from cdr_dist.data.prepare_options import PrepareOptions
-from tools.bench_case import Build, Case, Run, peak_rss_gb
+from tools.bench_case import ONE_THREAD, Build, Case, Run, peak_rss_gb
 from tools.bench_data import scratch
 from tools.bench_prepare_polars import polars
 
@@ -72,11 +73,10 @@ def write_logs(folder: Path, rows: int) -> None:
 
 
 def _in_a_process(side: str, logs: Path, held: ExitStack) -> Run:
-    threads = dict.fromkeys(("POLARS_MAX_THREADS", "OMP_NUM_THREADS", "ARROW_IO_THREADS"), "1")
     done = subprocess.run(
         [sys.executable, "-m", "tools.bench_prepare", side, str(logs), f"{scratch(held)}/out"],
         cwd=Path(__file__).resolve().parent.parent,
-        env=os.environ | threads,
+        env=os.environ | ONE_THREAD | {"ARROW_IO_THREADS": "1"},
         check=True,
         stdout=subprocess.PIPE,
         text=True,
@@ -89,10 +89,16 @@ def ours(logs: Path, out: Path) -> None:
 
 
 def main(side: str, logs: str, out: str) -> None:
-    pa.set_cpu_count(1)
     start = time.perf_counter()
     {"ours": ours, "polars": polars}[side](Path(logs), Path(out))
-    print(json.dumps({"seconds": time.perf_counter() - start, "peak_rss_gb": peak_rss_gb()}))
+    done = Run(time.perf_counter() - start, peak_rss_gb(), _page_bytes(logs) + _page_bytes(out))
+    print(json.dumps(asdict(done)))
+
+
+def _page_bytes(folder: str) -> int:
+    """Of all Parquet files, encoded but not compressed."""
+    found = (pq.read_metadata(file) for file in Path(folder).rglob("*.parquet"))
+    return sum(m.row_group(i).total_byte_size for m in found for i in range(m.num_row_groups))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from torch import Tensor
 
 from cdr_dist.data import storage
+from cdr_dist.data.batch import Batch
 from cdr_dist.errors import UserError
 from tools.bench_case import Build, Case
 from tools.bench_data import Shape, written
@@ -42,13 +44,14 @@ def case(quick: bool, place: str, recipe: str, batch: int, held: ExitStack) -> C
     session = Training(held, folder, [f"recipe={recipe}", f"batch.size={batch}"]).session
     columns = session.builder.columns("train")
     shards = [shard.path for shard in session.manifest.shards["train"]]
+    decoded = pq.ParquetFile(f"{folder}/{shards[0]}").read_row_group(0, columns=columns)
     if place == "S3":
         folder = _uploaded(folder, held)
         session.folder = folder
     feed = session.training_feed("lower", batch)
     held.callback(feed.close)
     steps = feed.steps_per_epoch
-    feed.next()  # the first windows, which every later epoch finds read
+    first = feed.next().batch  # the first windows, which every later epoch finds read
 
     def ours() -> None:
         for _ in range(steps):
@@ -63,7 +66,13 @@ def case(quick: bool, place: str, recipe: str, batch: int, held: ExitStack) -> C
         assert seen == rows
 
     units = (rows / 1000, rows / 1000)
-    return Case(0.6, ours, scan, unit="1,000 rows", units=units, rounds=5)
+    nbytes = 1000 * (decoded.nbytes / len(decoded) + _nbytes(first) / len(first))
+    return Case(0.6, ours, scan, unit="1,000 rows", units=units, nbytes=nbytes, rounds=5)
+
+
+def _nbytes(batch: Batch) -> int:
+    jagged = (part for ids in (batch.train, batch.read) for part in (ids.values(), ids.lengths()))
+    return sum(x.nbytes for x in (*jagged, *vars(batch).values()) if isinstance(x, Tensor))
 
 
 def _opened(uri: str) -> Any:

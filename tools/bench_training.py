@@ -75,9 +75,3 @@ class Training:
         start = time.perf_counter()
         self.steps(count)
         return time.perf_counter() - start
-
-
-def conet_flops(session: Session) -> float:
-    """Of one step's forward and backward pass, a row: a cross layer serves both directions."""
-    layers = [(layer.in_features, layer.out_features) for layer in session.model.target_tower]
-    return 3 * 2 * 4 * sum(a * b for a, b in layers)

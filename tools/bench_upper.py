@@ -17,6 +17,7 @@ from cdr_dist.data.batch import Batch
 from tests import reference
 from tools.bench_case import Build, Case
 from tools.bench_data import Shape, written
+from tools.bench_flops import counted_flops
 from tools.bench_training import Training
 
 TERMS = 3
@@ -51,7 +52,8 @@ def series_case(quick: bool, rows: int, target: float, held: ExitStack) -> Case:
         head,
         loss=loss_of_scores,
     )
-    return Case(target, ours, baseline, unit="series", rounds=15 if rows < 1_000_000 else 3)
+    rounds = 15 if rows < 1_000_000 else 3
+    return Case(target, ours, baseline, unit="series", flops=counted_flops(ours), rounds=rounds)
 
 
 class GivenWeights(nn.Module):
@@ -93,14 +95,8 @@ def whole_case(quick: bool, draws: int, held: ExitStack) -> Case:
         weights = normalised(s.perceptron(seen), train.source_valid, s.perceptron.gamma)
         torch.autograd.grad(target.mean() + (weights * source).sum(), parameters)
 
-    return Case(
-        1 / 1.3,
-        partial(upper.run, False),
-        forward_backward,
-        unit="step",
-        units=(1.0, 1.0 / (TERMS + 3)),
-        rounds=9,
-    )
+    ours, units = partial(upper.run, False), (1.0, 1.0 / (TERMS + 3))
+    return Case(1 / 1.3, ours, forward_backward, unit="step", units=units, flops=counted_flops(ours), rounds=9)
 
 
 def _training(quick: bool, rows: int, history: float, draws: int, held: ExitStack) -> Training:

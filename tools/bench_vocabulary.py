@@ -7,6 +7,7 @@ from functools import partial
 
 from tools.bench_case import Build, Case
 from tools.bench_data import Shape, written
+from tools.bench_flops import counted_flops, lower_flops
 from tools.bench_training import Training
 
 BATCHES = 32
@@ -25,9 +26,11 @@ def case(quick: bool, level: str, rows: int, held: ExitStack) -> Case:
     few, many = (_training(quick, n, held) for n in (500 if quick else 10_000, rows))
     if level == "lower":
         sides = [partial(training.steps, 1) for training in (many, few)]
+        flops = lower_flops(many.session)
     else:
         sides = [partial(training.update[False].run, False) for training in (many, few)]
-    return Case(1 / 1.2, *sides, unit="step")
+        flops = counted_flops(sides[0])
+    return Case(1 / 1.2, *sides, unit="step", flops=flops)
 
 
 def _training(quick: bool, rows: int, held: ExitStack) -> Training:

@@ -8,9 +8,11 @@ from functools import partial
 
 import torch.distributed as dist
 
+from cdr_dist.configuration import from_words
 from tests.processes import on_workers
 from tools.bench_case import Build, Case, Run, peak_rss_gb
 from tools.bench_data import Shape, written
+from tools.bench_flops import BACKWARD, conet_flops
 from tools.bench_training import Training
 
 WARM_UP = 20
@@ -34,7 +36,8 @@ def case(quick: bool, batch: int, resident: int, target: float, held: ExitStack)
     folder = written(held, Shape(rows, 100_000, 100_000, 50_000, history=0))
     words = ["recipe=joint", f"batch.size={batch}", "tables.width=64"]
     two, one = (partial(training_on, workers, folder, words, steps, resident) for workers in (2, 1))
-    return Case(target, two, one, unit="step", units=(steps, steps), rounds=3)
+    flops = batch / 2 * (1 + BACKWARD) * conet_flops(from_words(words))
+    return Case(target, two, one, unit="step", units=(steps, steps), flops=flops, rounds=3)
 
 
 def training_on(workers: int, folder: str, words: Sequence[str], steps: int, resident: int) -> Run:

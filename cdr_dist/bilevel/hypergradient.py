@@ -168,8 +168,8 @@ class _Problem:
     def norm(self, vector: Sequence[Tensor]) -> Tensor:
         """|v| over the global theta: a row that several workers hold counts once."""
         dense, rows = vector[: len(self._dense_names)], vector[len(self._dense_names) :]
-        square = sum((v.square().sum() for v in dense), torch.zeros((), dtype=self._dtype))
-        shared = torch.zeros((), dtype=self._dtype)
+        square = sum((v.square().sum() for v in dense), vector[0].new_zeros(()))
+        shared = vector[0].new_zeros(())
         for v, copies in zip(rows, self._copies, strict=True):
             shared = shared + (v.square() / copies if copies is not None else v.square()).sum()
         if self._exact:

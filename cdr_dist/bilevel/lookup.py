@@ -49,7 +49,7 @@ class ResidentRows:
         found = {}
         for table, place in self._place.items():
             repeated = weight.repeat(len(place) // len(weight))
-            found[table] = torch.zeros(len(self.unique[table]), dtype=weight.dtype).index_add_(0, place, repeated)
+            found[table] = weight.new_zeros(len(self.unique[table])).index_add_(0, place, repeated)
         return found
 
 

@@ -11,6 +11,7 @@ a dataset of another pair of domains has the same columns; the domains' own name
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ import pyarrow as pa
 from cdr_dist.data import storage
 from cdr_dist.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PADDING, UNKNOWN, FIRST_ID = 0, 1, 2
 SPLITS = ("train", "valid", "test")
 POSITIVES = tuple(f"{split}_positives" for split in SPLITS)
@@ -106,10 +107,8 @@ class Manifest:
 
     @property
     def checksum(self) -> str:
-        """Identifies the content: a hash over the shards' and vocabularies' checksums and the options."""
-        parts = [s.sha256 for split in SPLITS for s in self.shards[split]]
-        parts += [self.vocab[name].sha256 for name in VOCABULARIES]
-        return storage.sha256(json.dumps([parts, self.options, self.seed], sort_keys=True).encode())
+        """Identifies the dataset: a hash over all of the above, and so over the checksums of its files."""
+        return checksum_of(asdict(self))
 
     def examples(self, split: str) -> int:
         return sum(s.rows for s in self.shards[split])
@@ -118,17 +117,26 @@ class Manifest:
         return json.dumps(asdict(self) | {"checksum": self.checksum}, indent=1, sort_keys=True)
 
 
+def checksum_of(raw: Mapping[str, Any]) -> str:
+    """That of a manifest's JSON, over every entry but the checksum itself."""
+    entries = {name: value for name, value in raw.items() if name != "checksum"}
+    return storage.sha256(json.dumps(entries, sort_keys=True, separators=(",", ":")).encode())
+
+
 def read_manifest(folder: str) -> Manifest:
-    """Reads and checks `manifest.json`. UserError: no dataset there, not JSON, another schema version."""
+    """Reads and checks `manifest.json`. UserError: no dataset there, damaged or edited, another schema version."""
     path = storage.join(folder, "manifest.json")
     if not storage.exists(path):
         raise UserError(f"{folder}: not a dataset (no manifest.json); write one with jobs/prepare.py")
     try:
         raw = json.loads(storage.read_bytes(path))
-        version = raw.pop("schema")
-        raw.pop("checksum")
+        version = raw["schema"]
         if version != SCHEMA_VERSION:
-            raise UserError(f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}; prepare it again")
+            raise UserError(f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}; {_AGAIN}")
+        if raw.pop("checksum") != checksum_of(raw):
+            raise UserError(
+                f"{path}: damaged or edited (its checksum is that of other entries); copy it again, or {_AGAIN}"
+            )
         raw["shards"] = {split: [Shard(**s) for s in raw["shards"][split]] for split in SPLITS}
         raw["vocab"] = {name: Shard(**raw["vocab"][name]) for name in VOCABULARIES}
         manifest = Manifest(**raw)
@@ -137,7 +145,10 @@ def read_manifest(folder: str) -> Manifest:
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged manifest ({error}); prepare the dataset again") from error
+        raise UserError(f"{path}: damaged manifest ({error}); copy it again, or {_AGAIN}") from error
+
+
+_AGAIN = "prepare the dataset again, into an empty folder"
 
 
 def _check_numbers(manifest: Manifest) -> None:

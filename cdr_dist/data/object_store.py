@@ -20,6 +20,8 @@ CLIENT_S = 10.0
 """What making the client may take on top of the first request's deadline."""
 LOOP_S = 5.0
 """How long s3fs's thread may take to notice a deadline."""
+KEYS_S = 1.0
+"""What asking for credentials may take that the client has already, unless they were about to expire."""
 _CURABLE_CODES = ("SlowDown", "RequestTimeout", "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch")
 _INCURABLE = (
     FileNotFoundError,
@@ -141,7 +143,8 @@ class ObjectStore:
     def _wait(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Runs one of s3fs's coroutines and cancels it at the deadline, so that no thread waits on."""
         limit = retries.options().deadline_s + (0.0 if self._fs._s3 is not None else CLIENT_S)
-        future = asyncio.run_coroutine_threadsafe(_outcome(function(*arguments, **named), limit), self._fs.loop)
+        work = self._outcome(function(*arguments, **named), limit)
+        future = asyncio.run_coroutine_threadsafe(work, self._fs.loop)
         try:
             with retries.ended_by(future.cancel):
                 found = future.result(limit + LOOP_S)
@@ -155,13 +158,22 @@ class ObjectStore:
             raise found
         return found
 
+    async def _outcome(self, work: Coroutine[Any, Any, Any], limit: float) -> Any:
+        """A result, or an error as one: asyncio complains of what cancelled work raises, which nobody fetches."""
+        try:
+            found = await asyncio.wait_for(work, limit)
+        except Exception as error:
+            found = error
+        if self._fs._s3 is not None:
+            with contextlib.suppress(TimeoutError, boto.BotoCoreError, boto.ClientError):  # there are no new ones
+                await asyncio.wait_for(self._keep_credentials(), KEYS_S)
+        return found
 
-async def _outcome(work: Coroutine[Any, Any, Any], limit: float) -> Any:
-    """A result, or an error as one: asyncio complains of what cancelled work raises, which nobody fetches."""
-    try:
-        return await asyncio.wait_for(work, limit)
-    except Exception as error:
-        return error
+    async def _keep_credentials(self) -> None:
+        """Those that the client signs with, wherever it found them: its words may show them."""
+        if (found := await self._fs.session.get_credentials()) is not None:
+            keys = await found.get_frozen_credentials()
+            retries.keep_secret(keys.access_key, keys.secret_key, keys.token)
 
 
 class ObjectUpload:

@@ -54,7 +54,8 @@ class Replicas:
                 found = read(storage.join(place, path))
             except storage.StorageError as error:
                 errors.append(error)
-                self._failed[place] = time.monotonic()
+                with self._lock:
+                    self._failed[place] = time.monotonic()
                 continue
             if place != self._places[0]:
                 with self._lock:
@@ -66,7 +67,8 @@ class Replicas:
 
     def _in_order(self) -> list[str]:
         now = time.monotonic()
-        resting = {place for place, since in self._failed.items() if now - since < REST_S}
+        with self._lock:  # threads that read ahead come here, too
+            resting = {place for place, since in self._failed.items() if now - since < REST_S}
         return sorted(self._places, key=lambda place: place in resting)
 
     def _check(self, place: str) -> None:

@@ -22,6 +22,8 @@ LONGEST_WAIT_S = 30.0
 SHORTEST_SECRET = 8
 """Characters: a shorter value, such as a test server's, may be part of any word."""
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
+_found: set[str] = set()
+"""Credentials that clients found elsewhere: in files, at a service."""
 _MISSING = (FileNotFoundError, NotADirectoryError)
 _PAST = {"read": "read", "write": "written", "remove": "removed", "list": "listed"}
 
@@ -141,11 +143,16 @@ def late(seconds: float) -> TimeoutError:
     return TimeoutError(f"no answer within {seconds:g} s")
 
 
+def keep_secret(*values: str | None) -> None:
+    """Credentials that no message may show."""
+    _found.update(value for value in values if value)
+
+
 def redacted(text: str) -> str:
-    """Without what may be a credential: those of the environment, an address's user and query, signatures."""
-    for name in _SECRETS:
-        if len(value := os.environ.get(name, "")) >= SHORTEST_SECRET:
-            text = text.replace(value, "***")
+    """Without what may be a credential: those of the environment and of clients, an address's user, signatures, …"""
+    known = _found | {os.environ.get(name, "") for name in _SECRETS}
+    for value in sorted((v for v in known if len(v) >= SHORTEST_SECRET), key=len, reverse=True):
+        text = text.replace(value, "***")
     text = re.sub(r"//[^/@\s]+@", "//***@", text)
     text = re.sub(r"(https?://[^\s\"?]+)\?[^\s\"]*", r"\1", text)
     return re.sub(r"(?i)(signature|credential|security-token)=[^&,\s\"']+", r"\1=***", text)

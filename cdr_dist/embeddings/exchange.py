@@ -60,14 +60,14 @@ class RowExchange:
         for table in self.ids:
             mine, ids, rows = self._owned(table), other._owned(table), theirs[table]
             place = torch.searchsorted(ids, mine).clamp(max=max(len(ids) - 1, 0))
-            hit = (ids[place] == mine).unsqueeze(1) if len(ids) else torch.zeros(len(mine), 1, dtype=torch.bool)
+            hit = (ids[place] == mine).unsqueeze(1) if len(ids) else mine.new_zeros(len(mine), 1, dtype=torch.bool)
             found = rows[place] if len(ids) else rows.new_zeros(len(mine), rows.shape[1])
-            aligned[table] = torch.where(hit, found, torch.zeros((), dtype=rows.dtype))
+            aligned[table] = torch.where(hit, found, rows.new_zeros(()))
         return aligned if self._world == 1 else self._to_users(aligned)
 
     def copies(self) -> dict[str, Tensor]:
         """float64 [n, 1]: how many workers hold a copy of each row, for sums that count a row once."""
-        ones = {t: torch.ones(len(i), 1, dtype=torch.float64) for t, i in self.ids.items()}
+        ones = {t: i.new_ones(len(i), 1, dtype=torch.float64) for t, i in self.ids.items()}
         return self.sum_copies(ones)
 
     def to_owners(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ def full_ranking(session: Session, split: str, ks: Sequence[int]) -> dict[str, f
         _rank(session, scorer, [positives for positives in held if len(positives.own)], order, most)
         ranked += [torch.stack([p.example, p.above, p.tied], dim=1) for p in held]
     session.model.train()
-    rows = torch.cat(ranked) if ranked else torch.empty(0, 3, dtype=torch.int64)
+    rows = torch.cat(ranked) if ranked else torch.empty(0, 3, dtype=torch.int64, device=session.device)
     if world_size() > 1:
         rows = all_gather_rows(rows)
     _, above, tied = rows.cpu().numpy()[np.argsort(rows[:, 0].cpu().numpy())].T

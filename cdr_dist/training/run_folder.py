@@ -97,9 +97,14 @@ class RunFolder:
             ) from error
 
     def summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run."""
+        """The summary of a finished run. UserError: damaged."""
         uri = self.file(SUMMARY)
-        return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
+        if not storage.exists(uri):
+            return None
+        found = _object(storage.read_bytes(uri))
+        if found is None or not found.keys() >= _SUMMED_UP:
+            raise UserError(f"{uri}: damaged; delete it, and the same command measures the run's best checkpoint again")
+        return found
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         with durable("run.summary"):
@@ -137,7 +142,8 @@ class RunFolder:
     def lines_after(self, offset: int) -> tuple[list[dict[str, Any]], int]:
         """The whole lines from byte `offset` on, and the offset to go on from.
 
-        Where `offset` is no longer the start of a line (a resume has rewritten the file), all lines.
+        Where `offset` is no longer the start of a line (a resume has rewritten the file), all lines. A last line that
+        a loss of power has torn does not count. UserError: another one is damaged.
         """
         uri = self.file(METRICS)
         if not storage.exists(uri):
@@ -147,7 +153,13 @@ class RunFolder:
         if not before.startswith(b"\n"):
             offset, before = 0, b"\n" + storage.read_range(uri, 0, size)
         found, end, _ = before[1:].rpartition(b"\n")  # the rest is being written, or of a killed run
-        return [json.loads(line) for line in found.splitlines()], offset + len(found) + len(end)
+        lines = [_line(text) for text in found.split(b"\n")] if end else []
+        if lines and lines[-1] is None:
+            lines.pop()
+        if None in lines:
+            number = storage.read_bytes(uri)[:offset].count(b"\n") + lines.index(None) + 1
+            raise UserError(f"{uri}: line {number} is damaged; delete that line to continue the run")
+        return [line for line in lines if line is not None], offset + len(found) + len(end)
 
     def board(self) -> Path:
         """Where TensorBoard's files are written; `publish_board` brings them to an object store."""
@@ -174,6 +186,26 @@ class RunFolder:
         if changed:
             shown = "; ".join(changed[:5]) + ("; …" if len(changed) > 5 else "")
             raise UserError(f"{self.uri}: holds a run with another configuration: {shown}. Choose another run=")
+
+
+_OF_A_LINE: dict[str, Any] = {"step": int, "split": str, "values": dict, "time": (int, float)}
+_SUMMED_UP = {"recipe", "steps", "best", "metrics", "throughput", "parameters_sha256"}
+
+
+def _object(text: bytes) -> dict[str, Any] | None:
+    """None: not a JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    """One of metrics.jsonl. None: damaged."""
+    found = _object(text)
+    whole = found is not None and all(isinstance(found.get(name), kind) for name, kind in _OF_A_LINE.items())
+    return found if whole else None
 
 
 def _plain(value: Any) -> Any:

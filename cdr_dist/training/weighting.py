@@ -66,7 +66,7 @@ class OfKinds:
     def bind(self, session: Session) -> None:
         self._gamma0 = session.config.upper.gamma0
         kind = usefulness_by_category(session.folder, session.manifest)
-        self._kept = torch.tensor([name in self._keep for name in kind])
+        self._kept = torch.tensor([name in self._keep for name in kind]).to(session.device)
 
     def weights(self, batch: Batch, embedded: Mapping[str, Tensor]) -> Tensor | None:
         kept = self._kept[batch.train["source_category"].values()]

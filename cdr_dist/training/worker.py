@@ -40,6 +40,7 @@ def work(config: TrainConfig, folder: str, run: str, token: str = "") -> dict[st
 
     torch.distributed is initialised. token: of the run folder's lease, which checkpoints are written under.
     """
+    storage.use(config.storage)
     torch.set_num_threads(config.trainer.threads)
     keep_freed_memory()
     phases = phases_of(config)
