@@ -6,13 +6,28 @@ one after the other, in the order of the KeyedJaggedTensor's keys.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 Features = Mapping[str, str]
+
+
+class SideBySide(dict[str, Tensor]):
+    """Name -> rows [n, width], which lie side by side in `whole` [n, names x width].
+
+    A model that reads `whole` saves a copy of all rows, and one of their gradients.
+    """
+
+    def __init__(self, rows: Iterable[tuple[str, Tensor]], whole: Tensor) -> None:
+        super().__init__(rows)
+        self.whole = whole
+
+    @classmethod
+    def of(cls, whole: Tensor, names: Sequence[str]) -> SideBySide:
+        return cls(zip(names, whole.view(len(whole), len(names), -1).unbind(1), strict=True), whole)
 
 
 def ids_by_table(batch: KeyedJaggedTensor, features: Features) -> dict[str, Tensor]:
@@ -26,6 +41,9 @@ def ids_by_table(batch: KeyedJaggedTensor, features: Features) -> dict[str, Tens
 
 def rows_by_feature(rows: Mapping[str, Tensor], batch: KeyedJaggedTensor, features: Features) -> dict[str, Tensor]:
     """Cuts each table's rows [n, width] into its features' rows, the inverse of `ids_by_table`."""
+    feature = {features[name]: name for name in batch.keys() if name in features}
+    if isinstance(rows, SideBySide) and len(feature) == len([name for name in batch.keys() if name in features]):
+        return SideBySide(((feature[table], of) for table, of in rows.items()), rows.whole)
     out: dict[str, Tensor] = {}
     place = dict.fromkeys(rows, 0)
     for name, size in zip(batch.keys(), batch.length_per_key(), strict=True):

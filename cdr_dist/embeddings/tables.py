@@ -1,8 +1,8 @@
 """Embedding tables sharded by row over the workers, with the optimiser fused into the backward pass.
 
 TorchRec plans, shards and holds the tables. Lookups go to FBGEMM's kernel directly, as bags of one id (unpooled, as
-TorchRec asks, it takes more than twice as long: docs/performance.md), and what other workers own comes by
-`RowExchange`, each row once.
+TorchRec asks, it takes more than twice as long: docs/performance.md), and what other workers own comes in one message
+(`stack.py`).
 
 A lookup that trains (`rows`) writes its tables during *any* backward pass through it, so nothing may
 differentiate twice through it; what only needs values uses `read`.
@@ -34,9 +34,10 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from cdr_dist.compiled import compiled
-from cdr_dist.embeddings.exchange import RowExchange
+from cdr_dist.embeddings.features import SideBySide
 from cdr_dist.embeddings.initialisation import normal_rows
 from cdr_dist.embeddings.options import TableOptions, TableSpec
+from cdr_dist.embeddings.stack import Asked, Stack, bags
 from cdr_dist.embeddings.workers import rank, world_size
 from cdr_dist.errors import UserError
 
@@ -80,25 +81,24 @@ class ShardedTables:
         self._firsts = torch.tensor(list(self._first.values()), device=device).unsqueeze(1)
         self._weights = dict(zip(self._names, self._kernel.split_embedding_weights(), strict=True))
         self._graph = torch.zeros((), device=device, requires_grad=True)
+        self._stack = Stack(self._names, [self.rows_per_worker(name) for name in self._names], device)
+        self._stacked, self._shift = self._as_one()
         self._initialise(seed)
 
     def rows(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Looks up int64 ids [n] of each table -> rows [n, width], and trains them in the backward pass."""
         if world_size() == 1:
             return self._own_rows(ids)
-        exchange, place = self._exchange(ids)
-        owned = self._own_rows(exchange.asked)
-        came = _ToAskers.apply(exchange, list(owned), self._graph, *owned.values())
-        return {t: _Picked.apply(rows, place[t]) for t, rows in zip(owned, came, strict=True)}
+        asked = Asked(ids, self._stack)
+        return asked.by_table(_FromOwners.apply(asked, *self._trained(asked.local), self._graph))
 
     @torch.no_grad()
     def read(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Like `rows`, values only: trains nothing and builds no graph."""
         if world_size() == 1:
             return self._own_values(ids)
-        exchange, place = self._exchange(ids)
-        came = exchange.to_askers(self._own_values(exchange.asked))
-        return {t: rows.index_select(0, place[t]) for t, rows in came.items()}
+        asked = Asked(ids, self._stack)
+        return asked.by_table(asked.spread(asked.to_askers(self._values(asked.local))))
 
     def rows_per_worker(self, table: str) -> int:
         """The owner of an id is worker id // rows_per_worker."""
@@ -149,19 +149,31 @@ class ShardedTables:
         found = list(self.blocks(table))
         return torch.cat(found) if rank() == 0 else None
 
-    def _exchange(self, ids: Mapping[str, Tensor]) -> tuple[RowExchange, dict[str, Tensor]]:
-        """The exchange of each table's unique ids, and which of them each id is. All workers name the same tables."""
-        unique, place = {}, {}
-        for name in sorted(ids):
-            unique[name], place[name] = torch.unique(ids[name], return_inverse=True)
-        return RowExchange(unique, {name: self.rows_per_worker(name) for name in unique}), place
+    def _trained(self, local: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of this worker's stack, looked up to train: the kernel's result, row by row, and where each one is."""
+        width = next(iter(self._weights.values())).shape[1]
+        if not len(local):
+            return self._weights[self._names[0]].new_zeros(0, width), local
+        of = bags(local, self._stack)
+        out = self._kernel(of.ids, of.offsets)
+        if self._pooled:
+            return out.view(-1, width), of.side_by_side
+        return torch.cat([out, out.new_zeros(1, width)]), of.in_order
+
+    def _values(self, local: Tensor) -> Tensor:
+        """Rows of this worker's stack; padding is zero."""
+        rows = self._stacked.index_select(0, local + self._shift[self._stack.table(local)])
+        if rank() == 0:
+            rows.masked_fill_((local.unsqueeze(1) == self._stack.first).any(1, keepdim=True), 0.0)
+        return rows
 
     def _own_rows(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rows that this worker holds, as bags of one id; padding is an empty bag, which is zero and trains nothing."""
         longest = max((len(of) for of in ids.values()), default=0)
         if longest == 0:
             return {t: self._weights[t].new_zeros(0, self._weights[t].shape[1]) for t in ids}
-        if all(len(ids.get(name, ())) == longest for name in self._names):
+        even = all(len(ids.get(name, ())) == longest for name in self._names)
+        if even:
             every = torch.stack([ids[name] for name in self._names])
         else:
             every = torch.zeros(len(self._names), longest, dtype=torch.int64, device=self.device)
@@ -171,6 +183,8 @@ class ShardedTables:
         local, offsets = _bags(every, self._firsts)
         out = self._kernel(local, offsets)
         if self._pooled:  # [longest, tables x width]
+            if even:
+                return SideBySide.of(out, self._names)
             by_table = out.view(longest, len(self._names), -1).unbind(1)
         else:
             taken = every.flatten().nonzero().squeeze(1)
@@ -185,6 +199,15 @@ class ShardedTables:
             t: self._weights[t].index_select(0, of - self._first[t]).masked_fill_((of == 0).unsqueeze(1), 0.0)
             for t, of in ids.items()
         }
+
+    def _as_one(self) -> tuple[Tensor, Tensor]:
+        """All shards as they lie in memory, and how far from its place in the stack each one begins (the last worker's
+        shards may be shorter)."""
+        shards = list(self._weights.values())
+        width = shards[0].shape[1]
+        starts = torch.tensor([of.storage_offset() - shards[0].storage_offset() for of in shards]) // width
+        whole = shards[0].as_strided((sum(map(len, shards)), width), (width, 1))
+        return whole, starts.to(self.device) - self._stack.first
 
     def _initialise(self, seed: int) -> None:
         for name, (first, shard) in self.shards().items():
@@ -216,36 +239,24 @@ def _bags_at_once(every: Any, firsts: Any, local: Any, offsets: Any) -> int:
     return found
 
 
-class _Picked(torch.autograd.Function):
-    """rows[place], [n, width]. Autograd's own way back takes strided gradients as they are, at twice the time."""
+class _FromOwners(torch.autograd.Function):
+    """Looked-up rows from their owners to the workers that asked, one for each id; gradients go back, summed by row.
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, place: Tensor) -> Tensor:
-        ctx.place, ctx.rows = place, len(rows)
-        return rows.index_select(0, place)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.new_zeros(ctx.rows, gradient.shape[1]).index_add_(0, ctx.place, gradient.contiguous()), None
-
-
-class _ToAskers(torch.autograd.Function):
-    """Rows from their owners to the workers that asked; their gradients go back, each to its row.
-
-    `graph` requires a gradient on every worker: one that owns nothing of a batch takes part in the way back, too.
+    rows [r, width], place [m]: what `ShardedTables._trained` gives. `graph` requires a gradient on every worker: one
+    that owns nothing of a batch takes part in the way back, too.
     """
 
     @staticmethod
-    def forward(ctx: Any, exchange: RowExchange, names: list[str], graph: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-        ctx.exchange, ctx.names = exchange, names
-        return tuple(exchange.to_askers(dict(zip(names, rows, strict=True))).values())
+    def forward(ctx: Any, asked: Asked, rows: Tensor, place: Tensor, graph: Tensor) -> Tensor:
+        ctx.asked, ctx.place, ctx.rows = asked, place, len(rows)
+        return asked.spread(asked.to_askers(rows.index_select(0, place)))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        back = ctx.exchange.to_owners(dict(zip(ctx.names, gradients, strict=True)))
-        return None, None, None, *back.values()
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        # A row that nobody asked for is of an empty bag, whose gradient nobody reads.
+        back = ctx.asked.to_owners(ctx.asked.gathered(gradient))
+        return None, gradient.new_empty(ctx.rows, gradient.shape[1]).index_copy_(0, ctx.place, back), None, None
 
 
 def _shard(

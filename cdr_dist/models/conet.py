@@ -51,13 +51,13 @@ class CoNet(PerExampleLosses):
     def forward(self, embedded: Mapping[str, Tensor], batch: Labels) -> Output:
         """embedded: feature -> [B, width]."""
         if not self.source:
-            target = torch.cat([embedded[f] for f in _TARGET], dim=1)
+            target = _side_by_side(embedded, [*_TARGET])
             for layer in self.target_tower:
                 target = layer(target).relu_()
             return Output(self.target_head(target).squeeze(1), None, target)
         # Both towers are one: [a_t; a_s] times [[W_t, H], [H, W_s]], a third of the operators. The user, which both
         # begin with, goes in once.
-        both = _SideBySide.apply(*(embedded[f] for f in (*_TARGET, *_SOURCE)))
+        both = _side_by_side(embedded, [*_TARGET, *_SOURCE])
         for weight, bias in self._layers(embedded["user"].shape[1]):
             both = torch.addmm(bias, both, weight.t()).relu_()
         target, source = both.split(self.target_head.in_features, dim=1)
@@ -148,6 +148,12 @@ class _Joined(torch.autograd.Function):
             of_source = torch.cat([source[:, :u], of_source], 1)
             of_cross = torch.cat([target[:, :u] + source[:, :u], of_cross], 1)
         return None, target[:, : u + own], of_source, of_cross, *bias.chunk(2)
+
+
+def _side_by_side(embedded: Mapping[str, Tensor], names: list[str]) -> Tensor:
+    """[B, names x width]; looked-up rows lie like that already."""
+    whole = getattr(embedded, "whole", None)
+    return whole if whole is not None and list(embedded) == names else _SideBySide.apply(*(embedded[f] for f in names))
 
 
 class _SideBySide(torch.autograd.Function):

@@ -23,7 +23,7 @@ class Spec:
 
     @property
     def tables(self) -> list[str]:
-        return sorted(set(self.features.values()))
+        return list(dict.fromkeys(self.features.values()))
 
 
 class Output(NamedTuple):
