@@ -37,6 +37,8 @@ def job(name, main, given, crash="", screen="/dev/null", killed_after_s=None):
 
 
 def _run(name, main, given, surroundings, screen):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:  # of when the server of forks began
+        del os.environ[name]
     os.environ.update(surroundings)
     with Path(screen).open("a") as file:
         os.dup2(file.fileno(), 1)

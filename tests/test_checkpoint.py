@@ -21,7 +21,7 @@ from cdr_dist.configuration import from_words
 from cdr_dist.data import storage
 from cdr_dist.errors import UserError
 from cdr_dist.training import checkpoint, lease
-from cdr_dist.training.checkpoint import COMPLETE, Checkpoints
+from cdr_dist.training.checkpoint import COMPLETE, DENSE, Checkpoints
 from cdr_dist.training.launch import train as train_alone
 from cdr_dist.training.lease import Lease
 from cdr_dist.training.lower import Lower
@@ -114,6 +114,33 @@ def test_one_bit_that_flips_in_any_file_is_found(name, tmp_path):
     with pytest.raises(UserError, match="step-00000010: damaged checkpoint") as error:
         train([*given, "trainer.max_steps=20"])
     assert "\n" not in str(error.value)
+
+
+class Writes:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __reduce__(self):
+        return Path.touch, (self._path,)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path):
+    """Its checksums are right: who can write a checkpoint can write them, too."""
+    given = finished(tmp_path / "run")
+    path, written = newest(tmp_path / "run"), tmp_path / "written"
+    state = torch.load(path / DENSE, weights_only=True)
+    torch.save(state | {"more": Writes(written)}, path / DENSE)
+    content = (path / DENSE).read_bytes()
+    listed = json.loads((path / COMPLETE).read_text()) | {DENSE: [len(content), storage.sha256(content)]}
+    (path / COMPLETE).write_text(json.dumps(listed))
+    with pytest.raises(UserError, match=r"step-00000010: damaged checkpoint \(dense.pt holds what is not") as error:
+        train([*given, "trainer.max_steps=20"])
+    assert "\n" not in str(error.value)
+    assert not written.exists()
+    torch.load(path / DENSE, weights_only=False)
+    assert written.exists()
 
 
 # ---- one job at a time ----------------------------------------------------------------------------------------------

@@ -220,7 +220,9 @@ class Checkpoints:
             raise  # a store that does not answer says nothing about what it holds
         except UserError as error:
             raise error if str(error).startswith(saved.uri + ": damaged") else saved.damaged(str(error)) from error
-        except (RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        except pickle.UnpicklingError as error:
+            raise saved.damaged(f"{DENSE} holds what is not a tensor, which is not loaded") from error
+        except (RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
             raise saved.damaged(_reason(error)) from error
         for name, values in state["modules"].items():
             getattr(s, name).load_state_dict(values)
