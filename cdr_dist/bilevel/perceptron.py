@@ -10,7 +10,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cdr_dist.bilevel.attention import PooledAttention, pooled_attention
 from cdr_dist.bilevel.options import PerceptronOptions
@@ -100,30 +99,6 @@ class PerceptronInput:
             used, position[d] = torch.unique(some, return_inverse=True)
             history[d] = self.history[d].index_select(0, used)
         return history, position, lengths
-
-
-@dataclass(frozen=True)
-class HistoryItems:
-    """The unique items of a batch's histories in one domain: ids to look up, and where each position points."""
-
-    item: Tensor
-    category: Tensor
-    position: Tensor
-    lengths: Tensor
-
-
-def history_items(histories: KeyedJaggedTensor) -> dict[str, HistoryItems]:
-    """Keys {source,target}_history_{item,category} -> unique items of each domain (an item has one category)."""
-    columns = dict(zip(histories.keys(), histories.values().split(histories.length_per_key()), strict=True))
-    lengths = dict(zip(histories.keys(), histories.lengths().view(len(columns), -1), strict=True))
-    found = {}
-    for domain in HISTORIES:
-        item = f"{domain}_history_item"
-        unique, position = torch.unique(columns[item], return_inverse=True)
-        category = torch.zeros_like(unique)
-        category[position] = columns[f"{domain}_history_category"]
-        found[domain] = HistoryItems(unique, category, position, lengths[item])
-    return found
 
 
 def normalised(score: Tensor, valid: Tensor, gamma: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import PADDING, UNKNOWN, Manifest
 from cdr_dist.data.hashing import integers, key, mix, uniform
+from cdr_dist.data.histories import History
 from cdr_dist.data.negatives import draw_negatives
 from cdr_dist.data.options import BatchOptions
 from cdr_dist.data.stored_rows import StoredRows
@@ -40,14 +41,14 @@ _COLUMNS = ("label", "source_label", "source_valid", "weight", "user", "example"
 class Batch:
     """One worker's part of a global batch; B rows, of which fillers (weight 0) do not count.
 
-    train: the features whose rows train, one id a row. read: histories, ids that are only read (jagged), one a stored
-    row: the B / histories rows that a stored row became stand after one another and share it.
+    train: the features whose rows train, one id a row. read: domain -> histories, whose rows are only read, one a
+    stored row: the B / histories rows that a stored row became stand after one another and share it.
     label, source_label, weight: float32 [B]; source_valid: bool [B]; user, example: int64 [B].
     example names the stored row: a positive and its negatives share it.
     """
 
     train: KeyedJaggedTensor
-    read: KeyedJaggedTensor
+    read: Mapping[str, History]
     label: Tensor
     source_label: Tensor
     source_valid: Tensor
@@ -63,7 +64,8 @@ class Batch:
         if device.type == "cpu":
             return self
         moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
-        return Batch(**moved, global_rows=self.global_rows)
+        read = {domain: history.to(device) for domain, history in self.read.items()}
+        return Batch(**moved, read=read, global_rows=self.global_rows)
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,13 @@ class BatchBuilder:
         Rows that `hold_out` keeps for the dev loss get weight 0 (global_rows still counts them). draws: how often every
         row comes, each time with another draw of its source behaviour.
         """
+        batch = self._train(stored, epoch, global_rows, hold_out, draws)
+        batch.read = self._read(stored)
+        return batch
+
+    def _train(
+        self, stored: StoredRows, epoch: int, global_rows: int, hold_out: HoldOut | None, draws: int = 1
+    ) -> Batch:
         copies = _Copies(len(stored), draws)
         item, label = stored["item"][copies.row], stored["label"][copies.row]
         batch = self._with_negatives(stored, copies, item, label, "", epoch, global_rows)
@@ -159,8 +168,11 @@ class BatchBuilder:
         stored = [len(rows.stored) for rows in block.steps]
         if 0 in stored:
             return [self.train(r.stored, r.place.epoch, r.global_rows, hold_out) for r in block.steps]
-        whole = self.train(block.stored, block.steps[0].place.epoch, sum(every), hold_out)
-        return _split(whole, stored, [rows * self.expansion for rows in every])
+        whole = self._train(block.stored, block.steps[0].place.epoch, sum(every), hold_out)
+        batches = _split(whole, stored, [rows * self.expansion for rows in every])
+        for batch, read in zip(batches, self._read_in_steps(block.stored, stored), strict=True):
+            batch.read = read
+        return batches
 
     def dev_of_same_users(
         self, stored: StoredRows, epoch: int, global_rows: int, hold_out: HoldOut | None = None, each: int = 1
@@ -184,6 +196,7 @@ class BatchBuilder:
         chosen = np.where(valid, chosen, 0)
         item, label = (stored.lists(f"target_candidates_{part}").pick(row, chosen) for part in ("item", "label"))
         batch = self._with_negatives(stored, copies, item, label, "dev_", epoch, global_rows)
+        batch.read = self._read(stored)
         if len(stored):
             batch.weight = torch.from_numpy(np.repeat(valid, self.expansion)).float()
         return batch
@@ -226,7 +239,9 @@ class BatchBuilder:
         if len(negative):
             item[negative] = stored.lists("negatives_item").pick(row[negative], j[negative] - 1)
             label[negative] = 0.0
-        return self._assemble(stored, row, j, item, label, -1, k, global_rows * (1 + k))
+        batch = self._assemble(stored, row, j, item, label, -1, k, global_rows * (1 + k))
+        batch.read = self._read(stored)
+        return batch
 
     def _assemble(
         self,
@@ -246,21 +261,13 @@ class BatchBuilder:
             pair = self._pair(stored, row, draw, epoch, k)
             features |= {"source_item": pair.item, "source_category": self._of("source", pair.item)}
             source_label, valid = pair.label, pair.valid
-        histories = {}
-        if self._histories:
-            every = np.arange(len(stored))
-            for domain in ("target", "source"):
-                items, lengths = stored.lists(f"{domain}_history_item").of(every, self._options.history_length)
-                histories[f"{domain}_history_item"] = items, lengths
-                histories[f"{domain}_history_category"] = self._of(domain, items), lengths
         if not len(row):  # a worker without rows would crash the lookup and take its peers along
             features = {n: np.zeros(1, dtype=np.int64) for n in features}
-            histories = {n: (np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)) for n in histories}
         rows = max(len(row), 1)
         floats = {"label": label, "source_label": source_label, "weight": np.ones(len(row))}
         return Batch(
             train=_one_id_a_row(features),
-            read=_jagged(histories),
+            read={},
             source_valid=_filled(valid, rows, torch.bool),
             user=_filled(stored["user"][row], rows, torch.int64),
             example=_filled(stored["example_id"][row], rows, torch.int64),
@@ -271,6 +278,25 @@ class BatchBuilder:
     def target_items(self, item: NDArray[np.int64]) -> KeyedJaggedTensor:
         """The features of target items [n], without rows to which they belong."""
         return _one_id_a_row({"target_item": item, "target_category": self._of("target", item)})
+
+    def _read(self, stored: StoredRows) -> dict[str, History]:
+        (read,) = self._read_in_steps(stored, [len(stored)])
+        return read
+
+    def _read_in_steps(self, stored: StoredRows, sizes: Sequence[int]) -> list[dict[str, History]]:
+        """The histories of so many stored rows each; a worker without rows has one empty history."""
+        steps: list[dict[str, History]] = [{} for _ in sizes]
+        for domain in ("target", "source") if self._histories else ():
+            lists = stored.lists(f"{domain}_history_item")
+            items, lengths = lists.of(np.arange(len(stored)), self._options.history_length)
+            flat, each = torch.from_numpy(items.astype(np.int64)), torch.from_numpy(lengths).split(list(sizes))
+            start = 0
+            for step, own in zip(steps, each, strict=True):
+                stop = start + int(own.sum())
+                own = own if len(own) else own.new_zeros(1)
+                step[domain] = History.of(flat[start:stop], own, self._category[domain])
+                start = stop
+        return steps
 
     def _of(self, domain: str, item: NDArray) -> NDArray[np.int32]:
         """The items' categories."""
@@ -333,10 +359,10 @@ def _split(whole: Batch, stored: Sequence[int], global_rows: Sequence[int]) -> l
     each = len(whole) // sum(stored)
     sizes = [n * each for n in stored]
     of = {name: getattr(whole, name).split(sizes) for name in _COLUMNS}
-    parts = zip(_split_train(whole.train, sizes), _split_read(whole.read, stored), global_rows, strict=True)
+    parts = zip(_split_train(whole.train, sizes), global_rows, strict=True)
     return [
-        Batch(train=train, read=read, global_rows=rows, **{name: of[name][i] for name in _COLUMNS})
-        for i, (train, read, rows) in enumerate(parts)
+        Batch(train=train, read={}, global_rows=rows, **{name: of[name][i] for name in _COLUMNS})
+        for i, (train, rows) in enumerate(parts)
     ]
 
 
@@ -344,22 +370,6 @@ def _split_train(train: KeyedJaggedTensor, sizes: Sequence[int]) -> list[KeyedJa
     keys = train.keys()
     columns = train.values().view(len(keys), -1).split(list(sizes), dim=1)
     return [_ones(keys, values.reshape(-1)) for values in columns]
-
-
-def _split_read(read: KeyedJaggedTensor, stored: Sequence[int]) -> list[KeyedJaggedTensor]:
-    keys = read.keys()
-    if not keys:
-        return [read] * len(stored)
-    lengths = read.lengths().view(len(keys), -1)
-    cuts = np.cumsum([0, *stored])
-    ends = np.concatenate([[0], np.cumsum(lengths.numpy())])  # of every list, key by key
-    edges = ends[np.arange(len(keys))[:, None] * lengths.shape[1] + cuts]  # [keys, steps + 1]
-    counts = np.diff(edges, axis=1).T.tolist()
-    values, out = read.values(), []
-    for i, own in enumerate(lengths.split(list(stored), dim=1)):
-        some = torch.cat([values[a:b] for a, b in zip(edges[:, i], edges[:, i + 1], strict=True)])
-        out.append(KeyedJaggedTensor(keys=keys, values=some, lengths=own.reshape(-1), length_per_key=counts[i]))
-    return out
 
 
 def _expanded(rows: int, k: int) -> tuple[NDArray, NDArray]:
@@ -381,14 +391,3 @@ def _ones(keys: Sequence[str], values: Tensor) -> KeyedJaggedTensor:
     each = [len(values) // len(keys)] * len(keys)
     lengths = torch.ones(len(values), dtype=torch.int32)
     return KeyedJaggedTensor(keys=list(keys), values=values, lengths=lengths, length_per_key=each)
-
-
-def _jagged(lists: Mapping[str, tuple[NDArray, NDArray]]) -> KeyedJaggedTensor:
-    """Values [total] and lengths [rows] of each feature."""
-    if not lists:
-        return KeyedJaggedTensor(
-            keys=[], values=torch.empty(0, dtype=torch.int64), lengths=torch.empty(0, dtype=torch.int32)
-        )
-    values = np.concatenate([values for values, _ in lists.values()]).astype(np.int64)
-    lengths = np.concatenate([lengths for _, lengths in lists.values()])
-    return KeyedJaggedTensor(keys=list(lists), values=torch.from_numpy(values), lengths=torch.from_numpy(lengths))

@@ -82,6 +82,7 @@ class ShardedTables:
         self._weights = dict(zip(self._names, self._kernel.split_embedding_weights(), strict=True))
         self._graph = torch.zeros((), device=device, requires_grad=True)
         self._stack = Stack(self._names, [self.rows_per_worker(name) for name in self._names], device)
+        self._starts = dict(zip(self._names, self._stack.first.tolist(), strict=True))
         self._stacked, self._shift = self._as_one()
         self._initialise(seed)
 
@@ -195,10 +196,13 @@ class ShardedTables:
         return {name: rows if len(ids[name]) == longest else rows[: len(ids[name])] for name, rows in found.items()}
 
     def _own_values(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            t: self._weights[t].index_select(0, of - self._first[t]).masked_fill_((of == 0).unsqueeze(1), 0.0)
-            for t, of in ids.items()
-        }
+        """Of one worker alone, all tables at once."""
+        asked, sizes = torch.cat(list(ids.values())), [len(of) for of in ids.values()]
+        numbers = asked.clone()
+        for table, part in zip(ids, numbers.split(sizes), strict=True):
+            part += self._starts[table]
+        rows = self._stacked.index_select(0, numbers).masked_fill_((asked == 0).unsqueeze(1), 0.0)
+        return dict(zip(ids, rows.split(sizes), strict=True))
 
     def _as_one(self) -> tuple[Tensor, Tensor]:
         """All shards as they lie in memory, and how far from its place in the stack each one begins (the last worker's
