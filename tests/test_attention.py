@@ -200,3 +200,30 @@ def test_loops_only_where_they_fit_and_nobody_differentiates(monkeypatch):
     for attention in attentions:
         attention.padding = 5
     assert loops() == (False, False)
+
+
+@pytest.mark.parametrize("change", ["step", "data", "double", "load"])
+def test_weights_that_are_kept_between_steps_follow_every_change(change):
+    """Without gradient the joined weights are kept; a step, a load or another type makes them anew."""
+    attention, *inputs = problem(2, None, 0.3)
+
+    def ours():
+        with torch.no_grad():
+            return attention(*inputs)
+
+    before, again = ours(), ours()
+    assert torch.equal(before, again)
+    assert attention.kept is not None
+    if change == "step":
+        with torch.no_grad():
+            attention.key.weight.add_(0.1)
+    elif change == "data":
+        attention.key.weight.data = attention.key.weight.data + 0.1
+    elif change == "double":
+        inputs = [x.float() if x.is_floating_point() else x for x in inputs]
+        attention.float()
+    else:
+        attention.load_state_dict({n: v + 0.1 for n, v in attention.state_dict().items()})
+    after = ours()
+    assert change == "double" or not torch.equal(after, before)
+    torch.testing.assert_close(after, written_out(attention, *inputs))

@@ -40,6 +40,7 @@ class PooledAttention(nn.Module):
         self.query = nn.Linear(2 * width, inner, bias=False)
         self.key = nn.Linear(width, inner, bias=False)  # the source half would have no effect
         self.value = nn.Linear(2 * width, inner, bias=False)
+        self.kept: tuple[list[tuple[int, int, int]], tuple[list[Tensor], Tensor]] | None = None
 
     def forward(self, rows: Tensor, position: Tensor, lengths: Tensor, source: Tensor) -> Tensor:
         """rows [U, width] of the unique items; position [sum(lengths)] -> row; lengths [H] of the histories.
@@ -59,17 +60,15 @@ def pooled_attention(
     first = attentions[0]
     heads, width, padding = first.heads, first.head_width, first.padding
     shape = (len(histories[0][2]), len(source) // max(len(histories[0][2]), 1), len(attentions), heads, width)
+    of_items, of_source = _joined_weights(attentions)
     items, positions, offset = [], [], 0
-    for attention, (rows, position, _) in zip(attentions, histories, strict=True):
-        half = rows.shape[1]
-        key = attention.key.weight / math.sqrt(width)
-        items.append(rows @ torch.cat([attention.query.weight[:, :half], key, attention.value.weight[:, :half]]).T)
+    for weight, (rows, position, _) in zip(of_items, histories, strict=True):
+        items.append(rows @ weight)
         positions.append(position + offset if offset else position)
         offset += len(rows)
     if padding is not None:  # one row of zeros that fills all histories up
         items.append(items[0].new_zeros(1, items[0].shape[1]))
-    sides = [a.query.weight[:, half:] for a in attentions] + [a.value.weight[:, half:] for a in attentions]
-    of_source = source @ torch.cat(sides).T
+    of_source = source @ of_source
     each = [lengths for _, _, lengths in histories]
     if padding is None and loops_fit([*items, of_source], each, heads * shape[1]):
         return looped_attention(items, [position for _, position, _ in histories], each, of_source, heads)
@@ -94,6 +93,30 @@ def pooled_attention(
     out = out.view(shape[0], shape[2], heads, shape[1], width).permute(0, 3, 1, 2, 4)
     whole = out + added.view(shape) * taken.view(shape[0], 1, shape[2], 1, 1)
     return whole.reshape(len(source), -1)
+
+
+def _joined_weights(attentions: Sequence[PooledAttention]) -> tuple[list[Tensor], Tensor]:
+    """Of the items, [width, 3 * heads * d] of each attention: query, key / sqrt(d), value. Of the source, all
+    attentions' queries, then their values.
+
+    Where nobody differentiates they are kept until a parameter changes: between two upper steps it does not.
+    """
+    parameters = [p for a in attentions for p in (a.query.weight, a.key.weight, a.value.weight)]
+    state = [(id(p), p.data_ptr(), p._version) for p in parameters]
+    kept, constant = attentions[0].kept, not torch.is_grad_enabled()
+    if constant and kept is not None and kept[0] == state:
+        return kept[1]
+    items = []
+    for a in attentions:
+        half = a.key.in_features
+        key = a.key.weight / math.sqrt(a.head_width)
+        items.append(torch.cat([a.query.weight[:, :half], key, a.value.weight[:, :half]]).T)
+    sides = [a.query.weight[:, a.key.in_features :] for a in attentions]
+    sides += [a.value.weight[:, a.key.in_features :] for a in attentions]
+    found = items, torch.cat(sides).T
+    if constant:
+        attentions[0].kept = state, found
+    return found
 
 
 def _bucket(
