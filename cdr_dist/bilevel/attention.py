@@ -70,8 +70,8 @@ def pooled_attention(
         items.append(items[0].new_zeros(1, items[0].shape[1]))
     of_source = source @ of_source
     each = [lengths for _, _, lengths in histories]
-    if padding is None and loops_fit([*items, of_source], each, heads * shape[1]):
-        return looped_attention(items, [position for _, position, _ in histories], each, of_source, heads)
+    if padding is None and loops_fit(*items, of_source):
+        return looped_attention(items, positions, each, of_source, heads)
     from_source, added = of_source.chunk(2, dim=1)
     # A history after its owner's other one: [H x attentions, heads, copies, d].
     queries = from_source.reshape(shape).permute(0, 2, 3, 1, 4).flatten(0, 1)

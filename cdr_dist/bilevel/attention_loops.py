@@ -1,4 +1,4 @@
-"""The attention of `attention.py` in compiled loops, forward only: no operators, no buckets, no factored softmax.
+"""The attention of `attention.py` in one compiled loop over histories, forward only: no operators, no buckets.
 
 Source behaviours that share a history share its q_i . k_j. Each has a softmax of its own, shifted by every query's
 maximum: scores may be as far apart as they like. A score that is NaN or infinite makes its behaviour NaN; no
@@ -8,6 +8,7 @@ behaviour's result depends on another's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,18 +22,12 @@ _fast = compiled(fastmath={"reassoc", "contract"}, error_model="numpy")
 LANES = 8
 """A history's queries are filled up to a multiple of it, so that vectors leave no remainder."""
 
-LOOPED_SCORES = 1 << 22
-"""All scores of one attention lie in memory at once, 4 bytes each: up to so many."""
 
-
-def loops_fit(projections: Sequence[Tensor], lengths: Sequence[Tensor], times: int) -> bool:
-    """Whether the loops can compute it: float32 on CPU, nobody differentiates, few enough scores.
-
-    times: scores of a pair of positions, heads * B / H.
-    """
-    if any(x.requires_grad or x.dtype != torch.float32 or x.device.type != "cpu" for x in projections):
-        return False
-    return all(_score_count(_integers(of), times) <= LOOPED_SCORES for of in lengths)
+def loops_fit(*given: Tensor) -> bool:
+    """Whether the loops can compute it: float32 on CPU, and nobody differentiates."""
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in given) and not (
+        torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    )
 
 
 def looped_attention(
@@ -41,130 +36,149 @@ def looped_attention(
     """Float32 projections on CPU -> [B, attentions * heads * d].
 
     For each attention: items [U, 3 * heads * d], the unique items' queries, keys / sqrt(d) and values; positions
-    [sum(lengths)] -> row; lengths [H]. source [B, 2 * attentions * heads * d]: the query halves of all attentions, then
-    the value halves; B is a multiple of H.
+    [sum(lengths)] -> row of all items; lengths [H]. source [B, 2 * attentions * heads * d]: the query halves of all
+    attentions, then the value halves; B is a multiple of H.
     """
-    halves = source.contiguous().numpy()
+    rows, position = torch.cat(list(items)).numpy(), torch.cat(list(positions)).long().numpy()
+    each, halves = torch.stack(list(lengths)).long().numpy(), source.contiguous().numpy()
+    # The loops do not look at bounds.
+    assert each.sum() == len(position)
+    assert not len(position) or (position.min() >= 0 and position.max() < len(rows))
     out = np.zeros((len(halves), halves.shape[1] // 2), np.float32)
-    column = 0
-    for projected, place, of in zip(items, positions, lengths, strict=True):
-        rows, position, each = projected.contiguous().numpy(), _integers(place), _integers(of)
-        assert each.sum() == len(position), "the loops do not look at bounds"
-        if len(position):
-            assert position.max() < len(rows), "the loops do not look at bounds"
-            scores = np.empty(_score_count(each, heads * len(halves) // len(each)), np.float32)
-            _write_scores(rows, position, each, halves, column, heads, scores)
-            np.exp(scores, out=scores)  # of numpy, because it computes many at once
-            _pool(rows, position, each, halves, column, heads, scores, out)
-        column += rows.shape[1] // 3
+    if len(position):
+        _attend(rows, position, each, halves, heads, out)
     return torch.from_numpy(out)
 
 
-def _integers(x: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(x.numpy(), np.int64)
-
-
-def _score_count(lengths: np.ndarray, times: int) -> int:
-    return times * int(np.dot(lengths, -(-lengths // LANES) * LANES))
-
-
 @_fast
-def _filled(n):  # type: ignore[no-untyped-def]
+def _filled(n: Any) -> Any:
     return (n + LANES - 1) // LANES * LANES
 
 
 @_fast
-def _write_scores(items, position, lengths, source, column, heads, scores):  # type: ignore[no-untyped-def]
-    """Writes, for each history, head and source behaviour, [n keys, queries] less each query's maximum."""
-    inner, copies, longest = items.shape[1] // 3, len(source) // len(lengths), lengths.max()
-    width, most = inner // heads, _filled(longest + copies)
-    buffer, shared = np.empty(inner * most, np.float32), np.empty((longest, most), np.float32)
-    asked, highest = np.empty((copies, longest), np.float32), np.empty(most, np.float32)
-    start = at = 0
-    for h in range(len(lengths)):
-        n = lengths[h]
-        if n == 0:
-            continue
-        m, lanes = _filled(n), _filled(n + copies)
-        rows = position[start : start + n]
-        start += n
-        queries = buffer[: inner * lanes].reshape(inner, lanes)  # of the items, then of the source behaviours
-        queries[:] = 0
-        for i in range(n):
-            item = items[rows[i]]
-            for t in range(inner):
-                queries[t, i] = item[t]
-        for c in range(copies):
-            behaviour = source[h * copies + c]
-            for t in range(inner):
-                queries[t, n + c] = behaviour[column + t]
-        for first in range(0, inner, width):
-            query = queries[first : first + width]
-            for j in range(n):
-                key, score = items[rows[j], inner + first : inner + first + width], shared[j]
-                for i in range(lanes):
-                    score[i] = 0
-                for f in range(width // 4):  # four at a time: the scores are read and written less often
-                    t = 4 * f
-                    k0, k1, k2, k3 = key[t], key[t + 1], key[t + 2], key[t + 3]
-                    q0, q1, q2, q3 = query[t], query[t + 1], query[t + 2], query[t + 3]
-                    for i in range(lanes):
-                        score[i] += k0 * q0[i] + k1 * q1[i] + k2 * q2[i] + k3 * q3[i]
-                for t in range(width // 4 * 4, width):
-                    for i in range(lanes):
-                        score[i] += key[t] * query[t, i]
-                for c in range(copies):
-                    asked[c, j] = score[n + c]
-                    score[n + c] = 0
+def _attend(items: Any, position: Any, lengths: Any, source: Any, heads: Any, out: Any) -> None:
+    """Histories one after the other, attention by attention; lengths [attentions, H]."""
+    attentions, histories = lengths.shape
+    inner, copies, longest = items.shape[1] // 3, len(source) // histories, lengths.max()
+    width, every, most = inner // heads, source.shape[1] // 2, _filled(longest + copies)
+    room = np.empty(inner * most, np.float32)
+    shared, asked = np.empty((longest, most), np.float32), np.empty((copies, longest), np.float32)
+    buffer, exponents = np.empty(longest * most, np.float32), np.empty(longest * most, np.int32)
+    highest, over = np.empty(most, np.float32), np.empty(most, np.float32)
+    start = 0
+    for a in range(attentions):
+        column = a * inner
+        for h in range(histories):
+            n = lengths[a, h]
+            if n == 0:
+                continue
+            rows = position[start : start + n]
+            start += n
+            m, lanes = _filled(n), _filled(n + copies)
+            queries = room[: inner * lanes].reshape(inner, lanes)  # of the items, then of the source behaviours
+            queries[:] = 0
+            for i in range(n):
+                item = items[rows[i]]
+                for t in range(inner):
+                    queries[t, i] = item[t]
             for c in range(copies):
-                block = scores[at : at + n * m].reshape(n, m)
-                at += n * m
-                for i in range(m):
-                    highest[i] = -np.inf
+                behaviour = source[h * copies + c]
+                for t in range(inner):
+                    queries[t, n + c] = behaviour[column + t]
+            mass = buffer[: n * m].reshape(n, m)
+            for first in range(0, inner, width):
+                _products(items, rows, queries, inner, first, width, shared)
                 for j in range(n):
-                    score, own, more = block[j], shared[j], asked[c, j]
-                    for i in range(m):
-                        score[i] = own[i] + more
-                        highest[i] = score[i] if score[i] > highest[i] else highest[i]
-                for j in range(n):
-                    for i in range(m):
-                        block[j, i] -= highest[i]
+                    for c in range(copies):
+                        asked[c, j] = shared[j, n + c]
+                        shared[j, n + c] = 0
+                for c in range(copies):
+                    b = h * copies + c
+                    _shift(shared, asked[c], highest, mass)
+                    _exponentials(buffer[: n * m], exponents)
+                    to, added = out[b, column + first :], source[b, every + column + first :]
+                    for t in range(width):
+                        to[t] = added[t]
+                    _pool(items, rows, mass, 2 * inner + first, over, to, width)
 
 
 @_fast
-def _pool(items, position, lengths, source, column, heads, masses, out):  # type: ignore[no-untyped-def]
-    """Adds up the values by the mean over queries of their shares; masses: the scores' exponentials."""
-    inner, copies, every = items.shape[1] // 3, len(source) // len(lengths), source.shape[1] // 2
-    width = inner // heads
-    over = np.empty(_filled(lengths.max()), np.float32)
-    start = at = 0
-    for h in range(len(lengths)):
-        n = lengths[h]
-        if n == 0:
-            continue
-        m = _filled(n)
-        rows = position[start : start + n]
-        start += n
-        for first in range(0, inner, width):
-            for b in range(h * copies, (h + 1) * copies):
-                mass = masses[at : at + n * m].reshape(n, m)
-                at += n * m
-                for i in range(m):
-                    over[i] = 0
-                for j in range(n):
-                    for i in range(m):
-                        over[i] += mass[j, i]
-                for i in range(m):
-                    over[i] = np.float32(1) / (over[i] * np.float32(n))
-                for i in range(n, m):
-                    over[i] = 0
-                to, added = out[b, column + first :], source[b, every + column + first :]
-                for t in range(width):
-                    to[t] = added[t]
-                for j in range(n):
-                    weight = np.float32(0)
-                    for i in range(m):
-                        weight += mass[j, i] * over[i]
-                    value = items[rows[j], 2 * inner + first :]
-                    for t in range(width):
-                        to[t] += weight * value[t]
+def _products(items: Any, rows: Any, queries: Any, inner: Any, first: Any, width: Any, shared: Any) -> None:
+    """shared[j, i]: key j by query i, of the items and of the source behaviours."""
+    lanes, query = queries.shape[1], queries[first : first + width]
+    for j in range(len(rows)):
+        key, score = items[rows[j], inner + first : inner + first + width], shared[j]
+        for i in range(lanes):
+            score[i] = 0
+        for f in range(width // 4):  # four at a time: the scores are read and written less often
+            t = 4 * f
+            k0, k1, k2, k3 = key[t], key[t + 1], key[t + 2], key[t + 3]
+            q0, q1, q2, q3 = query[t], query[t + 1], query[t + 2], query[t + 3]
+            for i in range(lanes):
+                score[i] += k0 * q0[i] + k1 * q1[i] + k2 * q2[i] + k3 * q3[i]
+        for t in range(width // 4 * 4, width):
+            for i in range(lanes):
+                score[i] += key[t] * query[t, i]
+
+
+@_fast
+def _shift(shared: Any, more: Any, highest: Any, block: Any) -> None:
+    """One behaviour's scores [n keys, queries], less each query's maximum."""
+    n, m = block.shape
+    for i in range(m):
+        highest[i] = -np.inf
+    for j in range(n):
+        score, own, asked = block[j], shared[j], more[j]
+        for i in range(m):
+            score[i] = own[i] + asked
+            highest[i] = score[i] if score[i] > highest[i] else highest[i]
+    for j in range(n):
+        for i in range(m):
+            block[j, i] -= highest[i]
+
+
+LOWEST = np.float32(-87.0)
+LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+HALF, ONE, BIAS = np.float32(0.5), np.float32(1.0), np.int32(127)
+P5, P4, P3, P2, P1, P0 = (
+    np.float32(c)
+    for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+)
+
+
+@compiled(fastmath={"contract"}, error_model="numpy")
+def _exponentials(x: Any, exponents: Any) -> None:
+    """exp(x) in place for x <= 0, to the last bit but one; a library's function would be called for each number.
+
+    exp(x) = 2^k e^r with |r| <= ln 2 / 2, e^r by the polynomial of Cephes' expf (Moshier). NaN stays.
+    """
+    for i in range(len(x)):
+        v = LOWEST if x[i] < LOWEST else x[i]
+        k = np.floor(v * LOG2_E + HALF)
+        r = v - k * LN2_HIGH - k * LN2_LOW
+        p = ((((P5 * r + P4) * r + P3) * r + P2) * r + P1) * r + P0
+        x[i] = p * r * r + r + ONE
+        exponents[i] = (np.int32(k) + BIAS) << np.int32(23)
+    powers = exponents.view(np.float32)
+    for i in range(len(x)):
+        x[i] *= powers[i]
+
+
+@_fast
+def _pool(items: Any, rows: Any, mass: Any, first: Any, over: Any, out: Any, width: Any) -> None:
+    """Adds up the values by the mean over queries of their shares; mass: the scores' exponentials."""
+    n, m = mass.shape
+    for i in range(m):
+        over[i] = 0
+    for j in range(n):
+        for i in range(m):
+            over[i] += mass[j, i]
+    for i in range(m):
+        over[i] = np.float32(1) / (over[i] * np.float32(n)) if i < n else np.float32(0)
+    for j in range(n):
+        weight, row = np.float32(0), mass[j]
+        for i in range(m):
+            weight += row[i] * over[i]
+        value = items[rows[j], first : first + width]
+        for t in range(width):
+            out[t] += weight * value[t]
