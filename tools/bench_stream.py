@@ -71,7 +71,8 @@ def case(quick: bool, place: str, recipe: str, batch: int, held: ExitStack) -> C
 
 
 def _nbytes(batch: Batch) -> int:
-    jagged = (part for ids in (batch.train, batch.read) for part in (ids.values(), ids.lengths()))
+    train = (batch.train.values(), batch.train.lengths())
+    jagged = (*train, *(part for history in batch.read.values() for part in vars(history).values()))
     return sum(x.nbytes for x in (*jagged, *vars(batch).values()) if isinstance(x, Tensor))
 
 
