@@ -96,6 +96,11 @@ class Kept:
         gone = before - set(self.complete)
         self.perhaps = self.perhaps | gone if crashed else set()
 
+    def seen(self, there):
+        """After a crash: those that it had not dropped yet are as good as any."""
+        self.complete |= {step: -1 for step in self.perhaps & set(there)}
+        self.perhaps = set()
+
     def newest(self):
         return max(self.complete, default=0)
 

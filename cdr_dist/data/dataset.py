@@ -67,6 +67,7 @@ EXAMPLE_SCHEMA = pa.schema(
 )
 # Shuffled ids repeat too little for dictionaries: without them a shard is smaller and written twice as fast.
 PARQUET: dict[str, Any] = {
+    "write_page_checksum": True,  # a bit that flips at rest is seen when its page is read
     "compression": "zstd",
     "use_dictionary": ["label", "source_candidates_label.list.element", "target_candidates_label.list.element"],
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
+from cdr_dist.crash_points import durable
 from cdr_dist.data.retries import within_deadline
 
 _CURABLE = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.EINTR)
@@ -105,7 +106,8 @@ class LocalUpload:
         def rename() -> None:
             self._file.close()
             if os.path.exists(self._part) or not os.path.exists(self._path):  # else: renamed by a try before
-                os.replace(self._part, self._path)
+                with durable("file.rename"):
+                    os.replace(self._part, self._path)
             if self._durable:
                 _sync_folder(os.path.dirname(self._path))
 

@@ -7,8 +7,8 @@
     write     every shard; the manifest last
 
 The dataset appears at `out` as a whole or not at all: it grows in a folder beside it, `OUT.unfinished-…`, which also
-holds the scratch files and is removed at the end, after a failure too. The same options over the same logs give the
-same bytes, whatever the number of partitions and workers.
+holds the scratch files and is removed at the end, after a failure too; one of a killed job by the next job. The same
+options over the same logs give the same bytes, whatever the number of partitions and workers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import polars as pl
 
 from cdr_dist.crash_points import durable
-from cdr_dist.data import examples, interactions, partitions, shuffle, spill, storage, vocabularies
+from cdr_dist.data import examples, holder, interactions, partitions, shuffle, spill, storage, vocabularies
 from cdr_dist.data.dataset import FIRST_ID, POSITIVES, SPLITS, Manifest, Shard, read_manifest
 from cdr_dist.data.partitions import Partition, PartitionCounts
 from cdr_dist.data.prepare_options import PrepareOptions, options_from_words
@@ -69,17 +69,20 @@ def prepare(options: PrepareOptions) -> Manifest:
     UserError: as `check`, and what reading the logs brings up.
     """
     inputs = _inputs(options)
-    if (there := _existing(options, inputs)) is not None:
+    there = _existing(options, inputs)
+    work = _work_folder(options, inputs)
+    _clear_left(options.out, keep="" if there else work)
+    if there is not None:
         log.info("%s is there already, with the same options", options.out)
         return there
-    work = _work_folder(options, inputs)
     try:
-        storage.check_writable(work, options.out)
+        with durable("prepare.begin"):
+            storage.check_writable(work, options.out, json.dumps(holder.me()).encode())
         manifest = _prepare(options, inputs, work)
         with durable("prepare.move"):
             storage.move_folder(storage.join(work, "dataset"), options.out.rstrip("/"), last="manifest.json")
     except BaseException:
-        with suppress(UserError):  # what went wrong first counts
+        with suppress(UserError), durable("prepare.give_up"):  # what went wrong first counts
             storage.remove_folder(work, tries=1)
         raise
     with durable("prepare.clear"):
@@ -131,6 +134,41 @@ def _work_folder(options: PrepareOptions, inputs: Inputs) -> str:
     """Named by the options: what a killed run left is found, and overwritten, by the same run started again."""
     name = storage.sha256(json.dumps(_recorded(options, inputs), sort_keys=True).encode())[:12]
     return f"{options.out.rstrip('/')}.unfinished-{name}"
+
+
+def _clear_left(out: str, keep: str) -> None:
+    """Removes the work folders beside `out` of jobs that are gone, but for `keep`, which is begun anew.
+
+    One of a job on another host may still be in use, and stays. UserError: another job works in `keep`.
+    """
+    above, _, name = out.rstrip("/").rpartition("/")
+    above = above or ("/" if out.startswith("/") else ".")
+    try:
+        found = [storage.join(above, left) for left in storage.names(above) if left.startswith(f"{name}.unfinished-")]
+    except storage.StorageError:
+        return  # what stands beside `out` may be nobody's to see
+    for folder in found:
+        same = folder.removeprefix("./") == keep.removeprefix("./")
+        held = _held(folder)
+        if same and held == "here":
+            raise UserError(f"{folder}: another job prepares this dataset; wait for its end or stop it")
+        if not same and not held:
+            with suppress(UserError), durable("prepare.sweep"):
+                storage.remove_folder(folder, tries=1)
+
+
+def _held(work: str) -> str:
+    """Where the job of a work folder may still be: here, elsewhere, or nowhere ("")."""
+    try:
+        said = holder.read(storage.read_bytes(storage.join(work, storage.STARTED)))
+    except storage.NotFoundError:
+        begins = any(name.startswith(f".{storage.STARTED}.") for name in storage.names(work))
+        return "elsewhere" if begins else ""  # being begun, or half removed
+    except storage.StorageError:
+        return "elsewhere"
+    if said is None or not holder.is_here(said):
+        return "elsewhere"
+    return "here" if holder.lives(said) else ""
 
 
 def _prepare(options: PrepareOptions, inputs: Inputs, work: str) -> Manifest:

@@ -70,7 +70,8 @@ class ShardReader:
         def decode() -> pa.Table:
             file = storage.InputFile(uri, shard.bytes)
             try:
-                opened = pq.ParquetFile(file, metadata=self._footers.get(uri), pre_buffer=True)
+                known = self._footers.get(uri)
+                opened = pq.ParquetFile(file, metadata=known, pre_buffer=True, page_checksum_verification=True)
                 table = opened.read_row_group(within, columns=self._columns, use_threads=False)
                 self._footers.put(uri, opened.metadata)
             except Exception:

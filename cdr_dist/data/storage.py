@@ -257,11 +257,14 @@ class OutputFile(io.RawIOBase):
         retried(action, self._uri, "write", self._curable)
 
 
-def check_writable(folder: str, what: str) -> None:
-    """Writes a small file in a folder. UserError naming `what` where that fails."""
-    place, path = locate(join(folder, "started"))
+STARTED = "started"
+
+
+def check_writable(folder: str, what: str, content: bytes = b"started") -> None:
+    """Writes a small file, STARTED, in a folder. UserError naming `what` where that fails."""
+    place, path = locate(join(folder, STARTED))
     file = OutputFile(what, place.upload(path, durable=False), place.curable)
-    file.write(b"started")
+    file.write(content)
     file.commit()
 
 

@@ -248,7 +248,8 @@ class Checkpoints:
         if self._session.rank == 0:
             listed = {name: known for _, files in everyones for name, known in files.items()}
             error = self._finish(uri, listed, best_step, error)
-        error = self._threads_talk.gather((error, {}))[0][0]
+        with durable("checkpoint.outcome"):
+            error = self._threads_talk.gather((error, {}))[0][0]
         if error:
             raise UserError(f"{self._folder}: the checkpoint could not be written ({error}); earlier ones are intact")
 

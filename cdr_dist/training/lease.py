@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import socket
 import threading
 import time
 import uuid
 from typing import Any
 
-import psutil
-
 from cdr_dist.crash_points import durable
-from cdr_dist.data import storage
+from cdr_dist.data import holder, storage
 from cdr_dist.errors import UserError
 
 
@@ -43,10 +39,10 @@ class Lease:
         self._thread = threading.Thread(target=self._live, daemon=True, name="cdr-lease")
 
     def __enter__(self) -> Lease:
-        holder = _read(self._uri)
-        if holder is not None and _alive(self._uri, holder):
+        other = _read(self._uri)
+        if other is not None and _alive(self._uri, other):
             raise UserError(
-                f"{self._uri}: another job works on this run (process {holder['process']} on {holder['host']}); "
+                f"{self._uri}: another job works on this run (process {other['process']} on {other['host']}); "
                 "wait for its end or stop it"
             )
         with durable("run.lease"):
@@ -59,30 +55,30 @@ class Lease:
         self._over.set()
         self._thread.join()
         with contextlib.suppress(UserError):  # it lapses, and the run's own error counts
-            holder = _read(self._uri)
-            if holder is not None and holder["token"] == self.token:
+            last = _read(self._uri)
+            if last is not None and last["token"] == self.token:
                 with durable("run.release"):
                     storage.remove_file(self._uri)
 
     def _beat(self) -> None:
-        me = psutil.Process()
-        holder = {"token": self.token, "host": socket.gethostname(), "process": me.pid, "since": me.create_time()}
-        storage.write_bytes(self._uri, json.dumps(holder | {"beats": self._beats}).encode())
+        said = holder.me() | {"token": self.token, "beats": self._beats}
+        storage.write_bytes(self._uri, json.dumps(said).encode())
         self._beats += 1
 
     def _live(self) -> None:
         while not self._over.wait(BEAT_S):
             with contextlib.suppress(UserError):  # a store that does not answer is asked again
-                holder = _read(self._uri)
-                if holder is None or holder["token"] != self.token:
+                last = _read(self._uri)
+                if last is None or last["token"] != self.token:
                     return  # taken over: the next checkpoint says so
-                self._beat()
+                with durable("run.beat"):
+                    self._beat()
 
 
 def check(lease: str, token: str) -> None:
     """LeaseLostError unless the lease is still the job's whose token this is; StorageError where nobody can tell."""
-    holder = _read(lease)
-    if holder is None or holder["token"] != token:
+    last = _read(lease)
+    if last is None or last["token"] != token:
         raise LeaseLostError(f"{lease}: another job has taken this run over; this one ends")
 
 
@@ -92,25 +88,18 @@ def _read(uri: str) -> dict[str, Any] | None:
         content = storage.read_bytes(uri)
     except storage.NotFoundError:
         return None
-    try:
-        holder = json.loads(content)
-        return holder if {"token", "host", "process", "since"} <= set(holder) else None
-    except (ValueError, TypeError):
-        return None
+    found = holder.read(content)
+    return found if found is not None and "token" in found else None
 
 
-def _alive(uri: str, holder: dict[str, Any]) -> bool:
-    if holder["host"] == socket.gethostname():
-        try:
-            same = abs(psutil.Process(holder["process"]).create_time() - holder["since"]) < 1.0
-        except psutil.NoSuchProcess:
-            return False
-        return same and holder["process"] != os.getpid()
+def _alive(uri: str, other: dict[str, Any]) -> bool:
+    if holder.is_here(other):
+        return holder.lives(other)
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
         time.sleep(1.0)
         if (now := _read(uri)) is None:
             return False
-        if now != holder:
+        if now != other:
             return True
     return False

@@ -55,14 +55,17 @@ class RunFolder:
         self.check(config)
         for name in storage.names(self.uri):
             if name.startswith(".") and name.endswith(".part"):  # of a writer that was killed
-                storage.remove_file(self.file(name))
+                with durable("run.sweep"):
+                    storage.remove_file(self.file(name))
         if not self.is_new() and self.config().trainer.max_steps != config.trainer.max_steps:
-            storage.remove_file(self.file(SUMMARY))
+            with durable("run.go_on"):
+                storage.remove_file(self.file(SUMMARY))
         with durable("run.config"):
             storage.write_bytes(self.file(CONFIG), configuration.to_yaml(config).encode())
         with durable("run.versions"):
             storage.write_bytes(self.file("versions.json"), json.dumps(versions(), indent=1).encode())
-        storage.remove_file(self.file(STOP))
+        with durable("run.unstop"):
+            storage.remove_file(self.file(STOP))
         return self.summary()
 
     def is_new(self) -> bool:
@@ -71,7 +74,8 @@ class RunFolder:
     def discard_unless_begun(self) -> None:
         """Removes a folder that holds no measurement and no checkpoint: a mended command may then use it."""
         if not self.lines() and not storage.names(self.checkpoints):
-            storage.remove_folder(self.uri)
+            with durable("run.discard"):
+                storage.remove_folder(self.uri)
 
     def check(self, config: TrainConfig) -> None:
         """Whether this folder can take the run: empty, not there, or this very run."""
@@ -126,7 +130,8 @@ class RunFolder:
 
     def flush(self) -> None:
         if not self.local:
-            storage.write_bytes(self.file(METRICS), "".join(self._lines).encode())
+            with durable("run.lines"):
+                storage.write_bytes(self.file(METRICS), "".join(self._lines).encode())
             self._flushed = time.monotonic()
 
     def forget_after(self, step: int) -> None:
@@ -168,10 +173,12 @@ class RunFolder:
     def publish_board(self, board: Path) -> None:
         if not self.local:
             for path in board.iterdir():
-                storage.write_bytes(self.file(f"tensorboard/{path.name}"), path.read_bytes())
+                with durable("run.board"):
+                    storage.write_bytes(self.file(f"tensorboard/{path.name}"), path.read_bytes())
 
     def ask_to_stop(self) -> None:
-        storage.write_bytes(self.file(STOP), b"")
+        with durable("run.stop"):
+            storage.write_bytes(self.file(STOP), b"")
 
     def stop_asked(self) -> bool:
         return storage.exists(self.file(STOP))
