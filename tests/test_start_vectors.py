@@ -173,6 +173,10 @@ BAD = {
         "holds a value that is not finite",
     ),
     "not a number": (lambda path, keys: written(path, keys, nan(vectors_of(keys))), "holds a value that is not finite"),
+    "a value of a damaged file": (
+        lambda path, keys: written(path, keys[:1], [[3e37] * WIDTH]),
+        "holds a value beyond 1e+06",
+    ),
     "a key twice": (lambda path, keys: written(path, keys + keys[-1:], vectors_of(keys + keys[-1:])), "occurs twice"),
     "a key twice in a row group": (
         lambda path, keys: written(path, keys[:1] * 2, vectors_of(keys[:2])),

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 ID, VECTOR = "id", "vector"
 
 
+LARGEST = 1e6
+"""Larger values, which a damaged file may hold, make a model diverge at once."""
+
+
 def check_start_files(config: TrainConfig, manifest: Manifest) -> None:
     """UserError: a table that the model does not have, a file that is not there or has other columns."""
     features = build_model(config).spec().features
@@ -39,7 +43,7 @@ def check_start_files(config: TrainConfig, manifest: Manifest) -> None:
 def start_from_vectors(session: Session) -> dict[str, int]:
     """Writes the given vectors into the tables -> how many rows of each table they were. All workers call it.
 
-    UserError, on all of them: a vector of another width or not finite, a key twice, no key of the table's.
+    UserError, on all of them: a vector of another width, not finite or beyond LARGEST, a key twice, none of the table's.
     """
     found = {}
     for table, uri in session.config.tables.start.items():
@@ -73,7 +77,7 @@ def _vocabulary(table: str, features: dict[str, str]) -> str:
 
 def _open(uri: str) -> pq.ParquetFile:
     with storage.naming(uri):
-        return pq.ParquetFile(storage.open_input(uri))
+        return pq.ParquetFile(storage.open_input(uri), page_checksum_verification=True)
 
 
 def _columns(uri: str, file: pq.ParquetFile, width: int) -> None:
@@ -138,4 +142,9 @@ def _values(uri: str, vectors: pa.Array, keys: pl.Series, width: int) -> np.ndar
     values = vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, width)
     if (wrong := ~np.isfinite(values).all(axis=1)).any():
         raise UserError(f"{uri}: the vector of key '{keys[int(wrong.argmax())]}' holds a value that is not finite")
+    if (wrong := (np.abs(values) > LARGEST).any(axis=1)).any():
+        raise UserError(
+            f"{uri}: the vector of key '{keys[int(wrong.argmax())]}' holds a value beyond {LARGEST:g}: "
+            "scale the vectors, or copy the file again if it is damaged"
+        )
     return values
