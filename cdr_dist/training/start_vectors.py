@@ -43,7 +43,7 @@ def check_start_files(config: TrainConfig, manifest: Manifest) -> None:
 def start_from_vectors(session: Session) -> dict[str, int]:
     """Writes the given vectors into the tables -> how many rows of each table they were. All workers call it.
 
-    UserError, on all of them: a vector of another width, not finite or beyond LARGEST, a key twice, none of the table's.
+    UserError, on all of them: a vector of another width, not finite or beyond LARGEST, a key twice, none of its keys.
     """
     found = {}
     for table, uri in session.config.tables.start.items():
