@@ -119,3 +119,21 @@ def test_options_that_cannot_work_are_refused():
         TableOptions(optimiser="adagrat")
     with pytest.raises(UserError, match="no Adam on CPU"):
         ShardedTables(SPECS, TableOptions(width=8, optimiser="adam"), 1, torch.device("cpu"))
+
+
+def asked_by_one(rank):
+    """Worker 0 asks for rows, the others for none, reading and training."""
+    tables = ShardedTables(SPECS, TableOptions(width=8, lr=0.1), seed=5, device=torch.device("cpu"))
+    ids = torch.tensor([1, 2] if rank == 0 else [], dtype=torch.int64)
+    before = tables.read({"a": ids, "b": ids})
+    trained = tables.rows({"a": ids, "b": ids})
+    sum(rows.sum() for rows in trained.values()).backward()
+    return before, tables.read({"a": ids, "b": ids})
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_worker_may_ask_for_nothing(workers):
+    (before, after), *others = on_workers(workers, asked_by_one)
+    for table in before:
+        assert torch.allclose(after[table], before[table] - 0.1, atol=1e-5)
+    assert all(rows.shape == (0, 8) for found in others for part in found for rows in part.values())

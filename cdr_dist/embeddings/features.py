@@ -27,7 +27,8 @@ class SideBySide(dict[str, Tensor]):
 
     @classmethod
     def of(cls, whole: Tensor, names: Sequence[str]) -> SideBySide:
-        return cls(zip(names, whole.view(len(whole), len(names), -1).unbind(1), strict=True), whole)
+        rows = whole.view(len(whole), len(names), whole.shape[1] // len(names))
+        return cls(zip(names, rows.unbind(1), strict=True), whole)
 
 
 def ids_by_table(batch: KeyedJaggedTensor, features: Features) -> dict[str, Tensor]:

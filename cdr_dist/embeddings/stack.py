@@ -90,7 +90,7 @@ class Asked:
     def by_table(self, values: Tensor) -> dict[str, Tensor]:
         """Of all ids, as `spread` gives them -> table -> [n, width]."""
         if self._even:
-            return SideBySide.of(values.view(self._sizes[0], -1), self._tables)
+            return SideBySide.of(values.view(self._sizes[0], len(self._tables) * values.shape[1]), self._tables)
         return dict(zip(self._tables, values.split(self._sizes), strict=True))
 
 
