@@ -12,6 +12,7 @@ from cdr_dist.bilevel.options import PerceptronOptions
 from cdr_dist.bilevel.perceptron import HISTORIES, BehaviouralPerceptron
 from cdr_dist.data.batch import Batch
 from cdr_dist.data.histories import History
+from cdr_dist.data.lists import Lists
 from cdr_dist.embeddings.options import TableOptions, TableSpec
 from cdr_dist.embeddings.tables import ShardedTables
 from cdr_dist.models.conet import CoNet
@@ -51,8 +52,8 @@ def history(items, categories=None):
     of_item = np.zeros(max(flat, default=0) + 1, dtype=np.int32)
     if categories is not None:
         of_item[flat] = [int(c) for row in categories for c in row]
-    lengths = torch.tensor([len(row) for row in items], dtype=torch.int64)
-    return History.of(torch.tensor(flat, dtype=torch.int64), lengths, of_item)
+    lists = Lists.jagged(np.array(flat, dtype=np.int64), np.array([len(row) for row in items], dtype=np.int64))
+    return History.of_steps(lists, [len(items)], max(len(flat), 1), of_item)[0]
 
 
 def part_of(batch, rank, workers):

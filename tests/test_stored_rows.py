@@ -41,11 +41,9 @@ def test_rows_of_several_tables_are_those_that_were_asked_for(tables, data):
     assert rows["id"].dtype == np.int64
     assert rows["label"].tolist() == [float(i) for _, i in expected]
     lists = [tables[n][i] for n, i in expected]
-    for last in (None, 2):
-        found, lengths = rows.lists("list").of(np.arange(len(rows)), last)
-        cut = [each[-last:] if last else each for each in lists]
-        assert lengths.tolist() == [len(each) for each in cut]
-        assert found.tolist() == [value for each in cut for value in each]
+    found, lengths = rows.lists("list").of(np.arange(len(rows)))
+    assert lengths.tolist() == [len(each) for each in lists]
+    assert found.tolist() == [value for each in lists for value in each]
     asked = np.repeat(np.arange(len(lists)), 2)
     index = np.array([i for each in lists for i in (0, max(len(each) - 1, 0))], dtype=np.int64)
     picked = rows.lists("list").pick(asked, index, otherwise=-1)

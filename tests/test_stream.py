@@ -102,7 +102,7 @@ def test_resume_at_any_place_on_another_number_of_workers(shape, data):
 def test_shares_of_lanes_differ_by_at_most_one_row(shape):
     order = Order(tuple(shape["row_groups"]), shape["lanes"], shape["window"], 3, "lower", 0)
     for t in range(order.steps(shape["size"])):
-        taken = [b - a for a, b in (order.span(lane, t, shape["size"]) for lane in range(shape["lanes"]))]
+        taken = [b - a for a, b in (order.edges(lane, t, 1, shape["size"]) for lane in range(shape["lanes"]))]
         assert max(taken) - min(taken) <= 1
 
 

@@ -17,6 +17,7 @@ from cdr_dist.bilevel.options import PerceptronOptions
 from cdr_dist.bilevel.perceptron import HISTORIES, BehaviouralPerceptron, PerceptronInput
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.histories import History
+from cdr_dist.data.lists import Lists
 from tools.bench_case import Build, Case
 from tools.bench_flops import perceptron_flops
 
@@ -101,8 +102,8 @@ def case(rows: int, width: int, longest: int, draws: int, data: str, _: ExitStac
 
 
 def _history(lists: list[np.ndarray], items: int) -> History:
-    ids, lengths = torch.from_numpy(np.concatenate(lists)), torch.tensor([len(of) for of in lists])
-    return History.of(ids, lengths, np.zeros(items, np.int32))
+    of = Lists.jagged(np.concatenate(lists), np.array([len(of) for of in lists]))
+    return History.of_steps(of, [len(lists)], int(of.lengths.max()), np.zeros(items, np.int32))[0]
 
 
 def _histories(rows: int, longest: int, data: str) -> dict[str, list[np.ndarray]]:

@@ -285,18 +285,13 @@ class BatchBuilder:
 
     def _read_in_steps(self, stored: StoredRows, sizes: Sequence[int]) -> list[dict[str, History]]:
         """The histories of so many stored rows each; a worker without rows has one empty history."""
-        steps: list[dict[str, History]] = [{} for _ in sizes]
-        for domain in ("target", "source") if self._histories else ():
-            lists = stored.lists(f"{domain}_history_item")
-            items, lengths = lists.of(np.arange(len(stored)), self._options.history_length)
-            flat, each = torch.from_numpy(items.astype(np.int64)), torch.from_numpy(lengths).split(list(sizes))
-            start = 0
-            for step, own in zip(steps, each, strict=True):
-                stop = start + int(own.sum())
-                own = own if len(own) else own.new_zeros(1)
-                step[domain] = History.of(flat[start:stop], own, self._category[domain])
-                start = stop
-        return steps
+        found = {
+            domain: History.of_steps(
+                stored.lists(f"{domain}_history_item"), sizes, self._options.history_length, self._category[domain]
+            )
+            for domain in (("target", "source") if self._histories else ())
+        }
+        return [{domain: of[step] for domain, of in found.items()} for step in range(len(sizes))]
 
     def _of(self, domain: str, item: NDArray) -> NDArray[np.int32]:
         """The items' categories."""

@@ -66,14 +66,14 @@ class Order:
     def lane_rows(self, lane: int) -> int:
         return self.rows // self.lanes + (lane < self.rows % self.lanes)
 
-    def taken(self, lane: int, position: int) -> int:
+    def taken(self, lane: int, position: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of the lane among the first `position` interleaved ones."""
-        return max(0, -(-(position - lane) // self.lanes)) if position > lane else 0
+        return np.maximum(0, -(-(position - lane) // self.lanes))
 
-    def span(self, lane: int, step: int, rows_per_step: int) -> tuple[int, int]:
-        """Lane positions that step `step` takes from a lane."""
-        end = min((step + 1) * rows_per_step, self.rows)
-        return self.taken(lane, step * rows_per_step), self.taken(lane, end)
+    def edges(self, lane: int, step: int, steps: int, rows_per_step: int) -> NDArray[np.int64]:
+        """Lane positions between which `steps` steps from `step` on take the lane's rows, [steps + 1]."""
+        last = np.arange(step, step + steps + 1, dtype=np.int64) * rows_per_step
+        return self.taken(lane, np.minimum(last, self.rows))
 
     def windows(self, lane: int) -> list[Window]:
         """The windows of a lane, in the order in which they are read."""

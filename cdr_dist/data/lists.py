@@ -24,25 +24,31 @@ class Lists:
     def pick(self, rows: NDArray[np.int64], index: NDArray[np.int64], otherwise: float = 0) -> NDArray:
         """The value at `index` of each row's list; `otherwise` where the list is empty."""
         found = np.full(len(rows), otherwise, dtype=self.values.dtype)
-        _pick(*self._where, rows, index, found)
+        _pick(*self.where, rows, index, found)
         return found
 
-    def of(self, rows: NDArray[np.int64], last: int | None = None) -> tuple[NDArray, NDArray[np.int64]]:
-        """The lists of some rows, each cut to its `last` values, one after the other: values [total], lengths [n]."""
-        whole = self.lengths[rows]
-        lengths = whole if last is None else np.minimum(whole, last)
+    @classmethod
+    def jagged(cls, values: NDArray, lengths: NDArray[np.int64]) -> Lists:
+        """Rows that stand in one array, one after the other."""
+        ends = np.cumsum(lengths, dtype=np.int64)
+        return cls(Scattered([values]), np.zeros(len(lengths), dtype=np.int32), ends - lengths, lengths)
+
+    def of(self, rows: NDArray[np.int64]) -> tuple[NDArray, NDArray[np.int64]]:
+        """The lists of some rows, one after the other: values [total], lengths [n]."""
+        lengths = self.lengths[rows]
         found = np.empty(int(lengths.sum()), dtype=self.values.dtype)
-        _copy(*self._where, rows, lengths, found)
+        _copy(*self.where, rows, found)
         return found, lengths
 
     def contain(self, rows: NDArray[np.int64], value: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether each row's list holds the value that is given for it; rows, value: [n]."""
         found = np.zeros(len(rows), dtype=np.bool_)
-        _contain(*self._where, rows, value, found)
+        _contain(*self.where, rows, value, found)
         return found
 
     @property
-    def _where(self) -> tuple[NDArray, ...]:
+    def where(self) -> tuple[NDArray, ...]:
+        """What a compiled loop reads the lists by: addresses, like, place, starts, lengths."""
         return self.values.addresses, self.values.like, self.place, self.starts, self.lengths
 
 
@@ -55,13 +61,13 @@ def _pick(addresses: Any, like: Any, place: Any, starts: Any, lengths: Any, rows
 
 
 @compiled()
-def _copy(addresses: Any, like: Any, place: Any, starts: Any, lengths: Any, rows: Any, taken: Any, found: Any) -> None:
+def _copy(addresses: Any, like: Any, place: Any, starts: Any, lengths: Any, rows: Any, found: Any) -> None:
     to = 0
     for i in range(len(rows)):
-        row, count = rows[i], taken[i]
-        address, first = addresses[place[row]], starts[row] + lengths[row] - count
+        row = rows[i]
+        address, start, count = addresses[place[row]], starts[row], lengths[row]
         for j in range(count):
-            found[to + j] = element(address, first + j, like)
+            found[to + j] = element(address, start + j, like)
         to += count
 
 

@@ -6,12 +6,16 @@ import errno
 import os
 import shutil
 import uuid
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from cdr_dist.crash_points import durable
 from cdr_dist.data.retries import within_deadline
+
+T = TypeVar("T")
 
 _CURABLE = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.EINTR)
 """What a network disk may recover from."""
@@ -28,6 +32,15 @@ class LocalFiles:
 
     def read(self, path: str, start: int, stop: int) -> bytes:
         return within_deadline(lambda: _read(path, start, stop))
+
+    def decoded(self, path: str, decode: Callable[[Any], T]) -> T:
+        """What `decode` makes of the file, given as Arrow's own."""
+
+        def read() -> T:
+            with pa.OSFile(path) as file:
+                return decode(file)
+
+        return within_deadline(read)
 
     def exists(self, path: str) -> bool:
         return within_deadline(lambda: os.path.exists(path))

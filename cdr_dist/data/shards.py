@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -67,11 +68,10 @@ class ShardReader:
     def _decoded_from(self, uri: str, shard: Shard, within: int) -> pa.Table:
         """Every try opens the file anew: one that failed stays failed."""
 
-        def decode() -> pa.Table:
-            file = storage.InputFile(uri, shard.bytes)
+        def decode(file: Any) -> pa.Table:
             try:
                 known = self._footers.get(uri)
-                opened = pq.ParquetFile(file, metadata=known, pre_buffer=True, page_checksum_verification=True)
+                opened = pq.ParquetFile(file, metadata=known, pre_buffer=remote, page_checksum_verification=True)
                 table = opened.read_row_group(within, columns=self._columns, use_threads=False)
                 self._footers.put(uri, opened.metadata)
             except Exception:
@@ -79,7 +79,8 @@ class ShardReader:
                 raise
             return table
 
-        table = storage.retrying(decode, uri)
+        remote = not storage.is_local(uri)
+        table = storage.decoded(uri, shard.bytes, decode)
         if table.num_rows != shard.row_groups[within]:
             raise UserError(f"{uri}: row group {within} holds {table.num_rows} rows, not {shard.row_groups[within]}")
         return table

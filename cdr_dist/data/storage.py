@@ -120,10 +120,14 @@ def read_range(uri: str, start: int, stop: int) -> bytes:
     return retried(read, uri, curable=place.curable) if stop > start else b""
 
 
-def retrying(read: Callable[[], T], uri: str) -> T:
-    """Tries to read and decode a file as often as a request: what is damaged on its way is whole the next time."""
-    place, _ = locate(uri)
-    return retried(read, uri, curable=place.curable)
+def decoded(uri: str, size: int, decode: Callable[[Any], T]) -> T:
+    """What `decode` makes of a file, which may read any part of it, with the tries of a request: what is damaged on its
+    way is whole the next time. A file on a disk is read without Python, within one deadline for all of it.
+    """
+    place, path = locate(uri)
+    if isinstance(place, LocalFiles):
+        return retried(lambda: place.decoded(path, decode), uri, curable=place.curable)
+    return retried(lambda: decode(InputFile(uri, size)), uri, curable=place.curable)
 
 
 def read_bytes(uri: str) -> bytes:

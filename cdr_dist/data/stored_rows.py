@@ -81,6 +81,10 @@ class StoredRows:
             self._lists[name] = Lists(Scattered(values), self._place, *bounds)
         return self._lists[name]
 
+    def arranged(self, order: NDArray[np.int64]) -> StoredRows:
+        """The rows of these numbers."""
+        return StoredRows(self._columns, self._place[order], self._row[order])
+
     def cut(self, sizes: Sequence[int]) -> list[StoredRows]:
         """So many rows each, one after the other."""
         edges = itertools.pairwise(np.cumsum([0, *sizes]).tolist())

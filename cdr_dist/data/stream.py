@@ -19,6 +19,10 @@ from cdr_dist.data.shards import ShardReader
 from cdr_dist.data.stored_rows import Columns, StoredRows
 from cdr_dist.errors import UserError
 
+READ_AHEAD_AFTER = 16
+"""The next window is read once this fraction (1/16) of one is used: who reads a few steps only, as a refresh of the
+extra head does, needs one window a lane, and whoever goes on finds the next one ready."""
+
 _Key = tuple[int, int]
 """Epoch, and number of a lane's window in it."""
 _Loaded = tuple[Columns, NDArray[np.int64]]
@@ -44,7 +48,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive steps of an epoch; their rows are those of `stored`, one after the other."""
+    """Consecutive steps of an epoch; their rows are those of `stored`, step after step, of a step lane after lane."""
 
     stored: StoredRows
     steps: list[Rows]
@@ -93,19 +97,22 @@ class Stream:
     def read_block(self, place: Place, count: int) -> Block:
         """`count` steps, or fewer where the epoch ends: what a step costs beyond its rows is then paid once."""
         self.begin(place)
-        numbers = range(place.step, min(place.step + count, self.steps_per_epoch))
-        parts = [[part for lane in self._lanes for part in self._take(lane, step)] for step in numbers]
-        if any(parts):
-            stored = StoredRows.joined(itertools.chain(*parts))
+        steps = min(count, self.steps_per_epoch - place.step)
+        edges = [self._order.edges(lane, place.step, steps, self.rows_per_step) for lane in self._lanes]
+        parts = [part for lane, of in zip(self._lanes, edges, strict=True) for part in self._take(lane, of[0], of[-1])]
+        counts = np.diff(np.array(edges, dtype=np.int64).reshape(-1, steps + 1))  # [lanes, steps]
+        if parts:
+            step_of = np.repeat(np.tile(np.arange(steps), len(edges)), counts.reshape(-1))
+            stored = StoredRows.joined(parts).arranged(np.argsort(step_of, kind="stable"))
         else:  # a short last step need not reach every worker
             piece = self._order.windows(0)[0].pieces[0]
             stored = StoredRows.of(self._submit(self._reader.read, piece).result().slice(0, 0))
-        steps = []
-        for step, own in zip(numbers, stored.cut([sum(len(row) for _, row in of) for of in parts]), strict=True):
+        rows = []
+        for step, own in enumerate(stored.cut(counts.sum(axis=0)), place.step):
             first = step * self.rows_per_step
             everyones = min(first + self.rows_per_step, self._order.rows) - first
-            steps.append(Rows(own, Place(place.epoch, step), everyones))
-        return Block(stored, steps)
+            rows.append(Rows(own, Place(place.epoch, step), everyones))
+        return Block(stored, rows)
 
     def begin(self, place: Place) -> None:
         """Starts to read what a step needs first, where nothing of its epoch has been read yet; does not wait."""
@@ -127,8 +134,8 @@ class Stream:
         for step in range(self.steps_per_epoch):
             yield self.read(Place(epoch, step))
 
-    def _take(self, lane: int, step: int) -> Iterator[_Loaded]:
-        start, stop = self._order.span(lane, step, self.rows_per_step)
+    def _take(self, lane: int, start: int, stop: int) -> Iterator[_Loaded]:
+        """The rows at these positions of a lane."""
         windows = self._windows[lane]
         first = max(0, bisect_right(windows, start, key=lambda window: window.first) - 1)
         for window in itertools.takewhile(lambda window: window.first < stop, windows[first:]):
@@ -136,7 +143,7 @@ class Stream:
             if a < b:
                 columns, order = self._window(lane, window)
                 yield columns, order[a - window.first : b - window.first]
-                if 4 * (b - window.first) > window.rows:
+                if (b - window.first) * READ_AHEAD_AFTER > window.rows:
                     self._read_ahead(lane, window)
 
     def _window(self, lane: int, window: Window) -> _Loaded:
@@ -150,17 +157,14 @@ class Stream:
 
     def _begin(self, lane: int, step: int) -> None:
         """Before the first rows of an epoch are read, so that all lanes' windows are fetched together."""
-        start, _ = self._order.span(lane, step, self.rows_per_step)
+        start = self._order.edges(lane, step, 0, self.rows_per_step)[0]
         self._windows[lane] = self._order.windows(lane)
         first = next((window for window in self._windows[lane] if window.first + window.rows > start), None)
         if first is not None:
             self._load_soon(self._order, lane, first)
 
     def _read_ahead(self, lane: int, window: Window) -> None:
-        """All lanes come to the ends of their windows at once: what follows is read in good time.
-
-        Not at once: who reads a few steps only (a refresh of the extra head) needs one window a lane.
-        """
+        """All lanes come to the ends of their windows at once: what follows is read in good time."""
         order, number = self._order, window.number + 1
         if number == len(self._windows[lane]):
             if not self._shuffle:
