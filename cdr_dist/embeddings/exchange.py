@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from cdr_dist.embeddings.workers import rank, world_size
+from cdr_dist.embeddings.workers import exchange, rank, world_size
 
 
 class RowExchange:
@@ -32,8 +31,7 @@ class RowExchange:
         cuts = torch.stack([torch.searchsorted(own, first * rows_per_worker[t]) for t, own in self.ids.items()], dim=1)
         ends = torch.tensor([[len(own) for own in self.ids.values()]], device=cuts.device)
         sizes = torch.cat([cuts, ends]).diff(dim=0)
-        arriving = torch.empty_like(sizes)
-        dist.all_to_all_single(arriving, sizes)
+        arriving = exchange(sizes, [1] * self._world, [1] * self._world)
         self._sent = dict(zip(self.ids, sizes.T.tolist(), strict=True))
         self._arriving = dict(zip(self.ids, arriving.T.tolist(), strict=True))
         self.asked = {t: found.squeeze(1) for t, found in self.to_owners(_columns(self.ids)).items()}
@@ -110,8 +108,7 @@ def _all_to_all(
     sent, came = (
         [sum(rows[t][w] * widths[t] for t in tables) if w != own else 0 for w in range(world)] for rows in (out, into)
     )
-    received = message.new_empty(sum(came))
-    dist.all_to_all_single(received, message, came, sent)
+    received = exchange(message, sent, came)
     pieces = iter(received.split([into[t][w] * widths[t] for w in others for t in tables]))
     found: dict[str, list[Tensor]] = {t: [] for t in tables}
     for w in range(world):

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from cdr_dist.compiled import compiled
 from cdr_dist.embeddings.features import SideBySide
-from cdr_dist.embeddings.workers import rank, world_size
+from cdr_dist.embeddings.workers import exchange, rank, world_size
 
 
 class Stack:
@@ -66,18 +65,17 @@ class Asked:
         self._picked = place.view(len(self._tables), -1).T.flatten() if self._even else place
         edges = stack.total * torch.arange(world_size() + 1, device=distinct.device)
         sent = torch.searchsorted(distinct, edges).diff()
-        came = torch.empty_like(sent)
-        dist.all_to_all_single(came, sent)
+        came = exchange(sent, [1] * world_size(), [1] * world_size())
         self._sent, self._came = sent.tolist(), came.tolist()
         self.local = self.to_owners(distinct) - rank() * stack.total
 
     def to_owners(self, values: Tensor) -> Tensor:
         """Of the distinct rows of this worker's ids [u, ..] -> of what is asked of it [m, ..]."""
-        return _exchanged(values, self._sent, self._came)
+        return exchange(values, self._sent, self._came)
 
     def to_askers(self, values: Tensor) -> Tensor:
         """The way back of `to_owners`."""
-        return _exchanged(values, self._came, self._sent)
+        return exchange(values, self._came, self._sent)
 
     def spread(self, values: Tensor) -> Tensor:
         """Of the distinct rows [u, width] -> of all ids [N, width]."""
@@ -92,13 +90,6 @@ class Asked:
         if self._even:
             return SideBySide.of(values.view(self._sizes[0], len(self._tables) * values.shape[1]), self._tables)
         return dict(zip(self._tables, values.split(self._sizes), strict=True))
-
-
-def _exchanged(values: Tensor, out: list[int], into: list[int]) -> Tensor:
-    """Part w of `values`, out[w] rows, goes to worker w; part w of the result, into[w] rows, came from it."""
-    arriving = values.new_empty(sum(into), *values.shape[1:])
-    dist.all_to_all_single(arriving, values, into, out)
-    return arriving
 
 
 @dataclass(frozen=True)

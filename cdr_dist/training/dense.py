@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from cdr_dist.embeddings.workers import world_size
+from cdr_dist.embeddings.workers import sum_
 
 ALIGNED = 16
 """Numbers: parameters begin at multiples of 64 bytes, as matrix products like it."""
@@ -48,8 +47,7 @@ class DenseStep:
         """numbers: scalars to sum over workers along with the gradients; their sums come back."""
         sums = self._message[-NUMBERS:][: len(numbers)]
         torch.stack([n.detach().to(sums) for n in numbers], out=sums)
-        if world_size() > 1:
-            dist.all_reduce(self._message)
+        sum_(self._message)
         for optimiser in self.optimisers.values():
             optimiser.step()
         found: list[float] = sums.tolist()
@@ -60,8 +58,7 @@ class DenseStep:
         """Of one module alone."""
         gradient = self._flat[name].grad
         assert gradient is not None
-        if world_size() > 1:
-            dist.all_reduce(gradient)
+        sum_(gradient)
         self.optimisers[name].step()
         gradient.zero_()
 

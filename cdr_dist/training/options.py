@@ -190,6 +190,9 @@ class TrainerOptions:
     """Lost workers that a run survives by starting again from its newest complete checkpoint."""
     hang_s: int = 600
     """Seconds that a worker waits for another one, after which that one counts as lost."""
+    shared_memory: bool = True
+    """Workers of one machine exchange rows and gradients of the CPU through memory that they share, where the system
+    lets them; false: through gloo's sockets."""
     compare_every: int = 500
     """Lower steps between comparisons of the workers' copies of the dense parameters; 0: never."""
     memory_gb: float = 0.0

@@ -17,7 +17,7 @@ from cdr_dist.crash_points import durable
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.shards import verify
-from cdr_dist.embeddings.workers import rank, world_size
+from cdr_dist.embeddings.workers import rank, through_shared_memory, world_size
 from cdr_dist.errors import STOPPED, UserError
 from cdr_dist.training import lease
 from cdr_dist.training.checkpoint import Checkpoints
@@ -41,6 +41,7 @@ def work(config: TrainConfig, folder: str, run: str, token: str = "") -> dict[st
     torch.distributed is initialised. token: of the run folder's lease, which checkpoints are written under.
     """
     storage.use(config.storage)
+    through_shared_memory(config.trainer.shared_memory)
     torch.set_num_threads(config.trainer.threads)
     keep_freed_memory()
     phases = phases_of(config)
