@@ -61,6 +61,10 @@ def pooled_attention(
     heads, width, padding = first.heads, first.head_width, first.padding
     shape = (len(histories[0][2]), len(source) // max(len(histories[0][2]), 1), len(attentions), heads, width)
     of_items, of_source = _joined_weights(attentions)
+    of_source = source @ of_source
+    each = [lengths for _, _, lengths in histories]
+    if padding is None and loops_fit(of_source, *(rows for rows, _, _ in histories), *of_items):
+        return _in_loops(of_items, histories, of_source, heads)
     items, positions, offset = [], [], 0
     for weight, (rows, position, _) in zip(of_items, histories, strict=True):
         items.append(rows @ weight)
@@ -68,10 +72,6 @@ def pooled_attention(
         offset += len(rows)
     if padding is not None:  # one row of zeros that fills all histories up
         items.append(items[0].new_zeros(1, items[0].shape[1]))
-    of_source = source @ of_source
-    each = [lengths for _, _, lengths in histories]
-    if padding is None and loops_fit(*items, of_source):
-        return looped_attention(items, positions, each, of_source, heads)
     from_source, added = of_source.chunk(2, dim=1)
     # A history after its owner's other one: [H x attentions, heads, copies, d].
     queries = from_source.reshape(shape).permute(0, 2, 3, 1, 4).flatten(0, 1)
@@ -93,6 +93,17 @@ def pooled_attention(
     out = out.view(shape[0], shape[2], heads, shape[1], width).permute(0, 3, 1, 2, 4)
     whole = out + added.view(shape) * taken.view(shape[0], 1, shape[2], 1, 1)
     return whole.reshape(len(source), -1)
+
+
+def _in_loops(
+    of_items: Sequence[Tensor], histories: Sequence[tuple[Tensor, Tensor, Tensor]], of_source: Tensor, heads: int
+) -> Tensor:
+    edges = [0, *itertools.accumulate(len(rows) for rows, _, _ in histories)]
+    items = of_source.new_empty(edges[-1], of_items[0].shape[1])
+    for a, (rows, _, _) in enumerate(histories):
+        torch.mm(rows, of_items[a], out=items[edges[a] : edges[a + 1]])
+    positions, lengths = ([history[i] for history in histories] for i in (1, 2))
+    return looped_attention(items, edges[:-1], positions, lengths, of_source, heads)
 
 
 def _joined_weights(attentions: Sequence[PooledAttention]) -> tuple[list[Tensor], Tensor]:

@@ -31,22 +31,27 @@ def loops_fit(*given: Tensor) -> bool:
 
 
 def looped_attention(
-    items: Sequence[Tensor], positions: Sequence[Tensor], lengths: Sequence[Tensor], source: Tensor, heads: int
+    items: Tensor,
+    firsts: Sequence[int],
+    positions: Sequence[Tensor],
+    lengths: Sequence[Tensor],
+    source: Tensor,
+    heads: int,
 ) -> Tensor:
     """Float32 projections on CPU -> [B, attentions * heads * d].
 
-    For each attention: items [U, 3 * heads * d], the unique items' queries, keys / sqrt(d) and values; positions
-    [sum(lengths)] -> row of all items; lengths [H]. source [B, 2 * attentions * heads * d]: the query halves of all
-    attentions, then the value halves; B is a multiple of H.
+    items [U, 3 * heads * d]: the unique items' queries, keys / sqrt(d) and values of one attention after the other,
+    which begin at rows `firsts`. For each attention: positions [sum(lengths)] -> its items; lengths [H]. source
+    [B, 2 * attentions * heads * d]: the query halves of all attentions, then the value halves; B is a multiple of H.
     """
-    rows, position = torch.cat(list(items)).numpy(), torch.cat(list(positions)).long().numpy()
-    each, halves = torch.stack(list(lengths)).long().numpy(), source.contiguous().numpy()
-    # The loops do not look at bounds.
-    assert each.sum() == len(position)
-    assert not len(position) or (position.min() >= 0 and position.max() < len(rows))
-    out = np.zeros((len(halves), halves.shape[1] // 2), np.float32)
-    if len(position):
-        _attend(rows, position, each, halves, heads, out)
+    out = np.zeros((len(source), source.shape[1] // 2), np.float32)
+    edges = (*firsts, len(items))
+    longest = max(int(of.max()) if len(of) else 0 for of in lengths)
+    for a, (position, own) in enumerate(zip(positions, lengths, strict=True)):
+        if len(position):
+            given = (items[edges[a] : edges[a + 1]], position, own, source.contiguous())
+            within = _attend(*(x.numpy() for x in given), a * items.shape[1] // 3, longest, heads, out)
+            assert within, "a history's positions reach beyond its items"
     return torch.from_numpy(out)
 
 
@@ -56,50 +61,56 @@ def _filled(n: Any) -> Any:
 
 
 @_fast
-def _attend(items: Any, position: Any, lengths: Any, source: Any, heads: Any, out: Any) -> None:
-    """Histories one after the other, attention by attention; lengths [attentions, H]."""
-    attentions, histories = lengths.shape
-    inner, copies, longest = items.shape[1] // 3, len(source) // histories, lengths.max()
+def _attend(
+    items: Any, position: Any, lengths: Any, source: Any, column: Any, longest: Any, heads: Any, out: Any
+) -> bool:
+    """One attention's histories, one after the other; column: where its part of the source and of `out` begins."""
+    histories, inner = len(lengths), items.shape[1] // 3
+    copies = len(source) // histories
     width, every, most = inner // heads, source.shape[1] // 2, _filled(longest + copies)
     room = np.empty(inner * most, np.float32)
     shared, asked = np.empty((longest, most), np.float32), np.empty((copies, longest), np.float32)
     buffer, exponents = np.empty(longest * most, np.float32), np.empty(longest * most, np.int32)
     highest, over = np.empty(most, np.float32), np.empty(most, np.float32)
+    for i in range(len(position)):
+        if position[i] < 0 or position[i] >= len(items):
+            return False
+    if lengths.sum() != len(position):
+        return False
     start = 0
-    for a in range(attentions):
-        column = a * inner
-        for h in range(histories):
-            n = lengths[a, h]
-            if n == 0:
-                continue
-            rows = position[start : start + n]
-            start += n
-            m, lanes = _filled(n), _filled(n + copies)
-            queries = room[: inner * lanes].reshape(inner, lanes)  # of the items, then of the source behaviours
-            queries[:] = 0
-            for i in range(n):
-                item = items[rows[i]]
-                for t in range(inner):
-                    queries[t, i] = item[t]
-            for c in range(copies):
-                behaviour = source[h * copies + c]
-                for t in range(inner):
-                    queries[t, n + c] = behaviour[column + t]
-            mass = buffer[: n * m].reshape(n, m)
-            for first in range(0, inner, width):
-                _products(items, rows, queries, inner, first, width, shared)
-                for j in range(n):
-                    for c in range(copies):
-                        asked[c, j] = shared[j, n + c]
-                        shared[j, n + c] = 0
+    for h in range(histories):
+        n = lengths[h]
+        if n == 0:
+            continue
+        rows = position[start : start + n]
+        start += n
+        m, lanes = _filled(n), _filled(n + copies)
+        queries = room[: inner * lanes].reshape(inner, lanes)  # of the items, then of the source behaviours
+        queries[:] = 0
+        for i in range(n):
+            item = items[rows[i]]
+            for t in range(inner):
+                queries[t, i] = item[t]
+        for c in range(copies):
+            behaviour = source[h * copies + c]
+            for t in range(inner):
+                queries[t, n + c] = behaviour[column + t]
+        mass = buffer[: n * m].reshape(n, m)
+        for first in range(0, inner, width):
+            _products(items, rows, queries, inner, first, width, shared)
+            for j in range(n):
                 for c in range(copies):
-                    b = h * copies + c
-                    _shift(shared, asked[c], highest, mass)
-                    _exponentials(buffer[: n * m], exponents)
-                    to, added = out[b, column + first :], source[b, every + column + first :]
-                    for t in range(width):
-                        to[t] = added[t]
-                    _pool(items, rows, mass, 2 * inner + first, over, to, width)
+                    asked[c, j] = shared[j, n + c]
+                    shared[j, n + c] = 0
+            for c in range(copies):
+                b = h * copies + c
+                _shift(shared, asked[c], highest, mass)
+                _exponentials(buffer[: n * m], exponents)
+                to, added = out[b, column + first :], source[b, every + column + first :]
+                for t in range(width):
+                    to[t] = added[t]
+                _pool(items, rows, mass, 2 * inner + first, over, to, width)
+    return True
 
 
 @_fast

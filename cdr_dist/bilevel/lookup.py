@@ -62,21 +62,14 @@ def perceptron_input(
     item_gradient: bool,
 ) -> PerceptronInput:
     """Looks the histories' unique items up, without gradient, and joins them with the source item of each example."""
-    wanted: dict[str, list[tuple[str, Tensor]]] = {}  # table -> features that read it, each with its ids
-    for domain in HISTORIES:
-        for part in ("item", "category"):
-            name = f"{domain}_{part}"
-            wanted.setdefault(features[name], []).append((name, getattr(histories[domain], part)))
-    read = tables.read({table: torch.cat([ids for _, ids in parts]) for table, parts in wanted.items()})
-    rows = {
-        name: part
-        for table, parts in wanted.items()
-        for (name, _), part in zip(parts, read[table].split([len(ids) for _, ids in parts]), strict=True)
-    }
+    wanted = [
+        {features[f"{d}_{part}"]: getattr(histories[d], part) for part in ("item", "category")} for d in HISTORIES
+    ]
+    joined = tables.read_joined(wanted)
     item = torch.cat([embedded["source_item"], embedded["source_category"]], dim=1)
     return PerceptronInput(
         item=item if item_gradient else item.detach(),
-        history={d: torch.cat([rows[f"{d}_item"], rows[f"{d}_category"]], dim=1).to(item.dtype) for d in HISTORIES},
+        history={d: rows.to(item.dtype) for d, rows in zip(HISTORIES, joined, strict=True)},
         position={d: histories[d].position for d in HISTORIES},
         lengths={d: histories[d].lengths for d in HISTORIES},
     )

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from cdr_dist.bilevel.attention import PooledAttention, pooled_attention
 from cdr_dist.bilevel.options import PerceptronOptions
-from cdr_dist.embeddings.workers import max_over_workers, sum_over_workers
+from cdr_dist.embeddings.workers import max_over_workers, sum_over_workers, world_size
 
 HISTORIES = ("source", "target")
 
@@ -108,6 +108,8 @@ def normalised(score: Tensor, valid: Tensor, gamma: Tensor) -> Tensor:
     workers is differentiated, because it couples all behaviours of the batch.
     """
     masked = torch.where(valid, score, -torch.inf)
+    if world_size() == 1 and not torch.is_grad_enabled():  # a lower step's: in four operators in place of ten
+        return torch.where(valid, masked.softmax(0), 0.0) * gamma
     highest = masked.detach().max() if len(score) else score.new_tensor(-torch.inf)
     highest = max_over_workers(highest).clamp(min=torch.finfo(score.dtype).min)
     mass = (masked - highest).exp()

@@ -11,7 +11,7 @@ differentiate twice through it; what only needs values uses `read`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,25 @@ class ShardedTables:
             return self._own_values(ids)
         asked = Asked(ids, self._stack)
         return asked.by_table(asked.spread(asked.to_askers(self._values(asked.local))))
+
+    @torch.no_grad()
+    def read_joined(self, wanted: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        """Of each mapping, table -> ids [n], the rows of its tables side by side, [n, tables x width]."""
+        if world_size() == 1 and self.device.type == "cpu":
+            width, found = self._stacked.shape[1], []
+            for ids in wanted:
+                joined = torch.empty(len(next(iter(ids.values()))), len(ids) * width)
+                for column, (table, of) in enumerate(ids.items()):
+                    _read_into(self._stacked.numpy(), of.numpy(), self._starts[table], column * width, joined.numpy())
+                found.append(joined)
+            return found
+        together: dict[str, list[Tensor]] = {}
+        for ids in wanted:
+            for table, of in ids.items():
+                together.setdefault(table, []).append(of)
+        read = self.read({table: torch.cat(parts) for table, parts in together.items()})
+        rows = {table: iter(read[table].split([len(of) for of in parts])) for table, parts in together.items()}
+        return [torch.cat([next(rows[table]) for table in ids], dim=1) for ids in wanted]
 
     def rows_per_worker(self, table: str) -> int:
         """The owner of an id is worker id // rows_per_worker."""
@@ -241,6 +260,19 @@ def _bags_at_once(every: Any, firsts: Any, local: Any, offsets: Any) -> int:
                 found += 1
             offsets[table * every.shape[1] + i + 1] = found
     return found
+
+
+@compiled()
+def _read_into(stacked: Any, ids: Any, first: Any, column: Any, joined: Any) -> None:
+    """Row ids[i] of the table that begins at `first` -> row i of `joined` from `column` on; padding is zero."""
+    width = stacked.shape[1]
+    for i in range(len(ids)):
+        if ids[i] == 0:
+            for t in range(width):
+                joined[i, column + t] = 0
+        else:
+            for t in range(width):
+                joined[i, column + t] = stacked[first + ids[i], t]
 
 
 class _FromOwners(torch.autograd.Function):
