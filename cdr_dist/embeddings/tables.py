@@ -105,13 +105,7 @@ class ShardedTables:
     def read_joined(self, wanted: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         """Of each mapping, table -> ids [n], the rows of its tables side by side, [n, tables x width]."""
         if world_size() == 1 and self.device.type == "cpu":
-            width, found = self._stacked.shape[1], []
-            for ids in wanted:
-                joined = torch.empty(len(next(iter(ids.values()))), len(ids) * width)
-                for column, (table, of) in enumerate(ids.items()):
-                    _read_into(self._stacked.numpy(), of.numpy(), self._starts[table], column * width, joined.numpy())
-                found.append(joined)
-            return found
+            return [self._side_by_side(ids) for ids in wanted]
         together: dict[str, list[Tensor]] = {}
         for ids in wanted:
             for table, of in ids.items():
@@ -216,12 +210,26 @@ class ShardedTables:
 
     def _own_values(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of one worker alone, all tables at once."""
-        asked, sizes = torch.cat(list(ids.values())), [len(of) for of in ids.values()]
+        sizes = [len(of) for of in ids.values()]
+        if self.device.type == "cpu":
+            if len(set(sizes)) == 1:
+                return SideBySide.of(self._side_by_side(ids), list(ids))
+            return {table: self._side_by_side({table: of}) for table, of in ids.items()}
+        asked = torch.cat(list(ids.values()))
         numbers = asked.clone()
         for table, part in zip(ids, numbers.split(sizes), strict=True):
             part += self._starts[table]
         rows = self._stacked.index_select(0, numbers).masked_fill_((asked == 0).unsqueeze(1), 0.0)
         return dict(zip(ids, rows.split(sizes), strict=True))
+
+    def _side_by_side(self, ids: Mapping[str, Tensor]) -> Tensor:
+        """Table -> ids [n], of one worker alone on CPU -> [n, tables x width]; padding is zero."""
+        width = self._stacked.shape[1]
+        joined = torch.empty(len(next(iter(ids.values()))), len(ids) * width)
+        for column, (table, of) in enumerate(ids.items()):
+            given = (self._stacked, of, joined)
+            _read_into(*(x.numpy() for x in given), self._starts[table], column * width)
+        return joined
 
     def _as_one(self) -> tuple[Tensor, Tensor]:
         """All shards as they lie in memory, and how far from its place in the stack each one begins (the last worker's
@@ -263,7 +271,7 @@ def _bags_at_once(every: Any, firsts: Any, local: Any, offsets: Any) -> int:
 
 
 @compiled()
-def _read_into(stacked: Any, ids: Any, first: Any, column: Any, joined: Any) -> None:
+def _read_into(stacked: Any, ids: Any, joined: Any, first: Any, column: Any) -> None:
     """Row ids[i] of the table that begins at `first` -> row i of `joined` from `column` on; padding is zero."""
     width = stacked.shape[1]
     for i in range(len(ids)):
