@@ -119,10 +119,14 @@ class SharedMemory:
             box.close()
         self._boxes = []
 
+    @property
+    def _turn(self) -> int:
+        return self._message % 2
+
     def _slot(self, kind: int, edges: Sequence[int]) -> Tensor:
         """Where the next message is to be written, bytes; edges: of its parts, in bytes."""
         self._message += 1
-        return self._boxes[self._rank].slot(self._message % 2, kind, edges)
+        return self._boxes[self._rank].slot(self._turn, kind, edges)
 
     def _send(self) -> None:
         _publish(self._boxes[self._rank].address, self._message)
@@ -132,7 +136,7 @@ class SharedMemory:
         box = self._boxes[worker]
         if not _arrived(box.address, self._message, LOOKS):
             self._wait(worker)
-        return box.part(self._message % 2, kind, part, nbytes)
+        return box.part(self._turn, kind, part, nbytes)
 
     def _wait(self, worker: int) -> None:
         box, start = self._boxes[worker], time.monotonic()
