@@ -34,7 +34,12 @@ def expected_examples(source: list[Row], target: list[Row], o: Any) -> dict[tupl
                 "timestamp": row[2],
                 "target_history": [r[1] for r in before if label(r[3])][-o.history_length :],
                 "source_history": [r[1] for r in other if r[2] < until and label(r[3])][-o.history_length :],
-                "source_candidates": [(r[1], label(r[3]), r[2]) for r in other if r[2] < limit],
+                "source_history_first": max(0, sum(r[2] < until and label(r[3]) for r in other) - o.history_length),
+                "source_candidates": [
+                    (r[1], label(r[3]), r[2], sum(label(r[3]) for r in other[:i]))
+                    for i, r in enumerate(other)
+                    if r[2] < limit
+                ],
                 "target_candidates": [(r[1], label(r[3])) for r in trains],
                 "position": place if split == "train" else -1,  # training rows come first
                 "positives": {r[1] for r in own if label(r[3])},

@@ -65,10 +65,11 @@ def part_of(batch, rank, workers):
         train=KeyedJaggedTensor(
             keys=list(TRAIN), values=torch.cat(ids), lengths=torch.ones(5 * len(ids[0]), dtype=torch.int32)
         ),
-        read={d: history(*(batch[f"{d}_history_{p}"][rows] for p in ("item", "category"))) for d in HISTORIES},
+        histories={d: history(*(batch[f"{d}_history_{p}"][rows] for p in ("item", "category"))) for d in HISTORIES},
         label=batch["label"][rows],
         source_label=batch["source_label"][rows],
         source_valid=batch["source_valid"][rows],
+        source_before=torch.zeros_like(batch["user"][rows]),
         weight=batch["weight"][rows],
         user=batch["user"][rows],
         example=torch.arange(size)[rows],

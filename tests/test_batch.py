@@ -24,7 +24,7 @@ def data(request):
 
 
 def builder(folder, seed=8, **options):
-    return BatchBuilder(folder, read_manifest(folder), BatchOptions(**options), seed, source=True, histories=True)
+    return BatchBuilder(folder, read_manifest(folder), BatchOptions(**options), seed, features=ROW_FEATURES[:5], histories=DOMAINS)
 
 
 def stored(folder, split="train"):
@@ -37,7 +37,7 @@ def column(batch, name):
 
 def lists(batch, domain, part="item"):
     """The histories of a batch, written out."""
-    read = batch.read[domain]
+    read = batch.histories[domain]
     return [of.tolist() for of in getattr(read, part)[read.position].split(read.lengths.tolist())]
 
 

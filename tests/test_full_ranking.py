@@ -43,9 +43,9 @@ def test_pair_scores_of_conet_are_those_of_its_forward_pass(hidden, source):
             expected[i, j] = model(pair, None).target_logit
     assert expected.std() > 0.01
     for scorer in (pair_scorer(model), _RowByRow(model)):
-        found = scorer.logits(scorer.row_part(rows)[:, None], scorer.item_part(items))
+        found = scorer.logits(scorer.row_part(rows, None)[:, None], scorer.item_part(items))
         torch.testing.assert_close(found, expected)
-        aligned = scorer.logits(scorer.row_part(rows)[:5], scorer.item_part(items)[:5])
+        aligned = scorer.logits(scorer.row_part(rows, None)[:5], scorer.item_part(items)[:5])
         torch.testing.assert_close(aligned, expected.diagonal())
 
 

@@ -38,7 +38,7 @@ def ours(rank, workers, shape, terms, mutation=None, extra_head=True, perceptron
     result = MUTATIONS[mutation](call) if mutation else call()
     features = model.spec().features
     embedded = ResidentRows(train.train, features).read(tables, torch.float64).embedded()
-    seen = perceptron_input(tables, features, train.read, embedded, item_gradient=False)
+    seen = perceptron_input(tables, features, train.histories, embedded, item_gradient=False)
     weights = normalised(phi(seen), train.source_valid, phi.gamma)
     return result.phi, result.norms, weights.detach()
 
@@ -116,7 +116,7 @@ def by_the_chain_rule(rank, shape):
     found = hypergradient(model, perceptron, head, tables, train, dev, options)
     features = model.spec().features
     embedded = ResidentRows(train.train, features).read(tables, torch.float64).embedded()
-    seen = perceptron_input(tables, features, train.read, embedded, item_gradient=False)
+    seen = perceptron_input(tables, features, train.histories, embedded, item_gradient=False)
     weights = normalised(perceptron(seen), train.source_valid, perceptron.gamma)
     named = dict(perceptron.named_parameters())
     through = torch.autograd.grad((found.by_behaviour * weights).sum(), list(named.values()))

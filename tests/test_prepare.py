@@ -81,11 +81,12 @@ def written_examples(out: str) -> dict[tuple[str, int], dict[str, Any]]:
             "target_history": [item[i] for i in row["target_history_item"]],
             "source_history": [source_item[i] for i in row["source_history_item"]],
             "source_candidates": [
-                (source_item[i], label, t)
-                for i, label, t in zip(
-                    *(row[f"source_candidates_{of}"] for of in ("item", "label", "timestamp")), strict=True
+                (source_item[i], label, t, before)
+                for i, label, t, before in zip(
+                    *(row[f"source_candidates_{of}"] for of in ("item", "label", "timestamp", "before")), strict=True
                 )
             ],
+            "source_history_first": row["source_history_first"],
             "target_candidates": [
                 (item[i], label)
                 for i, label in zip(row["target_candidates_item"], row["target_candidates_label"], strict=True)

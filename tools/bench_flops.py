@@ -45,7 +45,7 @@ def lower_flops(session: Session) -> float:
     batch = session.lower.peek().batch
     total = (1 + BACKWARD) * len(batch) * conet_flops(session.config)
     if session.perceptron is not None:
-        total += perceptron_flops(session.perceptron, batch.read, len(batch))
+        total += perceptron_flops(session.perceptron, batch.histories, len(batch))
     return total
 
 

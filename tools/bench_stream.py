@@ -72,7 +72,7 @@ def case(quick: bool, place: str, recipe: str, batch: int, held: ExitStack) -> C
 
 def _nbytes(batch: Batch) -> int:
     train = (batch.train.values(), batch.train.lengths())
-    jagged = (*train, *(part for history in batch.read.values() for part in vars(history).values()))
+    jagged = (*train, *(part for history in batch.histories.values() for part in vars(history).values()))
     return sum(x.nbytes for x in (*jagged, *vars(batch).values()) if isinstance(x, Tensor))
 
 

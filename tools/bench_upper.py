@@ -86,7 +86,7 @@ def whole_case(quick: bool, draws: int, held: ExitStack) -> Case:
     train = upper._train_batch()
     rows = ResidentRows(train.train, s.features).read(s.tables, torch.float32)
     with torch.no_grad():
-        seen = perceptron_input(s.tables, s.features, train.read, rows.embedded(), item_gradient=False)
+        seen = perceptron_input(s.tables, s.features, train.histories, rows.embedded(), item_gradient=False)
     parameters = [*rows.rows.values(), *s.model.parameters(), *s.perceptron.parameters()]
 
     def forward_backward() -> None:

@@ -103,7 +103,7 @@ class _Problem:
 
         embedded = self._rows.embedded()
         item_gradient = perceptron.options.item_gradient
-        seen = perceptron_input(tables, self._features, train.read, embedded, item_gradient)
+        seen = perceptron_input(tables, self._features, train.histories, embedded, item_gradient)
         with span("upper weights"):
             self._weights = normalised(perceptron(seen), train.source_valid, perceptron.gamma)
         # Weights do not depend on theta, so the second-order graph needs them as a leaf only: the perceptron is
@@ -184,7 +184,8 @@ class _Problem:
         c = |sqrt(S) H sqrt(S) u| / |u|, along the train gradient u with every block at unit length, so that the
         coupling between blocks counts in c. One more Hessian-vector product.
         """
-        shares = self._rows.counts(self._train.weight * (self._local_factor / self._train.global_rows))
+        weight = self._train.weight * (self._local_factor / self._train.global_rows)
+        shares = self._rows.counts(weight, self._train.histories)
         if self._exact:
             summed = self._exchange.sum_copies({t: s.unsqueeze(1) for t, s in shares.items()})
             shares = {t: s.squeeze(1) for t, s in summed.items()}

@@ -45,13 +45,24 @@ class ResidentRows:
         }
         return rows_by_feature(taken, self._batch, self._features)
 
-    def counts(self, weight: Tensor) -> dict[str, Tensor]:
-        """Table -> [n]: the summed weights of the examples that use each row, on this worker."""
-        found = {}
-        for table, place in self._place.items():
-            repeated = weight.repeat(len(place) // len(weight))
-            found[table] = weight.new_zeros(len(self.unique[table])).index_add_(0, place, repeated)
+    def counts(self, weight: Tensor, histories: Mapping[str, History]) -> dict[str, Tensor]:
+        """Table -> [n]: the summed weights [B] of the examples that use each row, on this worker."""
+        found = {t: weight.new_zeros(len(ids)) for t, ids in self.unique.items()}
+        start = dict.fromkeys(found, 0)
+        for feature, size in zip(self._batch.keys(), self._batch.length_per_key(), strict=True):
+            table = self._features.get(feature)
+            if table is not None:
+                domain, _, part = feature.partition("_history_")
+                of = _by_item(histories[domain], weight) if part else weight
+                found[table].index_add_(0, self._place[table][start[table] : start[table] + size], of)
+                start[table] += size
         return found
+
+
+def _by_item(history: History, weight: Tensor) -> Tensor:
+    """The summed weights [B] of the rows in whose history each distinct item stands, once for every time, [U]."""
+    of_history = weight.view(len(history), -1).sum(1).repeat_interleave(history.lengths)
+    return weight.new_zeros(len(history.item)).index_add_(0, history.position, of_history)
 
 
 def perceptron_input(

@@ -6,7 +6,7 @@ builds it, nor on what was built before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,27 +31,39 @@ _EXAMPLE = ["example_id", "user", "item", "label"]
 _CANDIDATES = ["source_candidates_item", "source_candidates_label"]
 # Of the user's other training behaviours: negatives avoid the items, dev batches and the hold-out need all.
 _PEERS = ["target_candidates_item", "target_candidates_label", "position"]
-_HISTORIES = ["target_history_item", "source_history_item"]
+DOMAINS = ("target", "source")
+ROW_FEATURES = ("user", "target_item", "target_category", "source_item", "source_category", "source_user")
+"""Of a row of a batch; source_user is the user once more, for models with a table of their own for it."""
+HISTORY_FEATURES = tuple(f"{d}_history_{part}" for d in DOMAINS for part in ("item", "category"))
+"""Of the distinct items of the histories of a batch."""
 
 
-_COLUMNS = ("label", "source_label", "source_valid", "weight", "user", "example")
+def vocabulary_of(feature: str) -> str:
+    """Whose ids a feature takes."""
+    return "user" if feature == "source_user" else feature.replace("_history", "")
+
+
+_COLUMNS = ("label", "source_label", "source_valid", "source_before", "weight", "user", "example")
 
 
 @dataclass
 class Batch:
     """One worker's part of a global batch; B rows, of which fillers (weight 0) do not count.
 
-    train: the features whose rows train, one id a row. read: domain -> histories, whose rows are only read, one a
-    stored row: the B / histories rows that a stored row became stand after one another and share it.
+    train: the features whose rows train: of the rows one id each, then of the distinct items of histories, where the
+    model reads them. histories: domain -> histories, one a stored row: the B / histories rows that a stored row became
+    stand after one another and share it.
     label, source_label, weight: float32 [B]; source_valid: bool [B]; user, example: int64 [B].
-    example names the stored row: a positive and its negatives share it.
+    source_before: int64 [B]: how many of the row's source history came before its source behaviour (or that of which
+    it is the negative), 0 unless the model reads both. example names the stored row: a positive and its negatives share it.
     """
 
     train: KeyedJaggedTensor
-    read: Mapping[str, History]
+    histories: Mapping[str, History]
     label: Tensor
     source_label: Tensor
     source_valid: Tensor
+    source_before: Tensor
     weight: Tensor
     user: Tensor
     example: Tensor
@@ -64,8 +76,8 @@ class Batch:
         if device.type == "cpu":
             return self
         moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
-        read = {domain: history.to(device) for domain, history in self.read.items()}
-        return Batch(**moved, read=read, global_rows=self.global_rows)
+        histories = {domain: history.to(device) for domain, history in self.histories.items()}
+        return Batch(**moved, histories=histories, global_rows=self.global_rows)
 
 
 @dataclass(frozen=True)
@@ -109,16 +121,30 @@ class HeldOut:
 
 
 class BatchBuilder:
-    """Turns stored rows into batches for one dataset. `source`: with source items; `histories`: with histories."""
+    """Turns stored rows into batches for one dataset. features: that the model reads; histories: domains whose
+    histories somebody else reads.
+    """
 
     def __init__(
-        self, folder: str, manifest: Manifest, options: BatchOptions, seed: int, source: bool, histories: bool
+        self,
+        folder: str,
+        manifest: Manifest,
+        options: BatchOptions,
+        seed: int,
+        features: Collection[str],
+        histories: Collection[str] = (),
     ) -> None:
-        self._options, self._seed, self._source, self._histories = options, seed, source, histories
+        self._options, self._seed = options, seed
+        self._source = not {"source_item", "source_category", "source_user"}.isdisjoint(features)
+        self._source_user = "source_user" in features
+        self._trained = [f for f in HISTORY_FEATURES if f in features]
+        self._histories = [d for d in DOMAINS if d in histories or any(f.startswith(d) for f in self._trained)]
+        self._before = self._source and "source_history_item" in self._trained
+        self._peers = bool(histories)  # who weighs behaviours holds some of the user's other ones out
         self._sampled = manifest.label == "sampled"
         self._eval_negatives = manifest.eval_negatives
-        self._items = {d: manifest.rows[f"{d}_item"] for d in ("source", "target")}
-        domains = ("source", "target") if source or histories else ("target",)
+        self._items = {d: manifest.rows[f"{d}_item"] for d in DOMAINS}
+        domains = DOMAINS if self._source or "source" in self._histories else ("target",)
         self._category = {d: item_categories(folder, manifest, d) for d in domains}
 
     @property
@@ -129,13 +155,14 @@ class BatchBuilder:
     def columns(self, split: str) -> list[str]:
         wanted = list(_EXAMPLE)
         if split == "train":
-            wanted += _PEERS if self._histories else _PEERS[: int(self._sampled)]
+            wanted += _PEERS if self._peers else _PEERS[: int(self._sampled)]
         elif self._sampled:
             wanted.append("negatives_item")
         if self._source:
             wanted += _CANDIDATES
-        if self._histories:
-            wanted += _HISTORIES
+        if self._before:
+            wanted += ["source_candidates_before", "source_history_first"]
+        wanted += [f"{domain}_history_item" for domain in self._histories]
         return wanted
 
     def train(
@@ -146,9 +173,7 @@ class BatchBuilder:
         Rows that `hold_out` keeps for the dev loss get weight 0 (global_rows still counts them). draws: how often every
         row comes, each time with another draw of its source behaviour.
         """
-        batch = self._train(stored, epoch, global_rows, hold_out, draws)
-        batch.read = self._read(stored)
-        return batch
+        return self._with_histories(self._train(stored, epoch, global_rows, hold_out, draws), stored)
 
     def _train(
         self, stored: StoredRows, epoch: int, global_rows: int, hold_out: HoldOut | None, draws: int = 1
@@ -170,9 +195,8 @@ class BatchBuilder:
             return [self.train(r.stored, r.place.epoch, r.global_rows, hold_out) for r in block.steps]
         whole = self._train(block.stored, block.steps[0].place.epoch, sum(every), hold_out)
         batches = _split(whole, stored, [rows * self.expansion for rows in every])
-        for batch, read in zip(batches, self._read_in_steps(block.stored, stored), strict=True):
-            batch.read = read
-        return batches
+        histories = self._histories_of(block.stored, stored)
+        return [self._joined(batch, own) for batch, own in zip(batches, histories, strict=True)]
 
     def dev_of_same_users(
         self, stored: StoredRows, epoch: int, global_rows: int, hold_out: HoldOut | None = None, each: int = 1
@@ -196,7 +220,7 @@ class BatchBuilder:
         chosen = np.where(valid, chosen, 0)
         item, label = (stored.lists(f"target_candidates_{part}").pick(row, chosen) for part in ("item", "label"))
         batch = self._with_negatives(stored, copies, item, label, "dev_", epoch, global_rows)
-        batch.read = self._read(stored)
+        batch = self._with_histories(batch, stored)
         if len(stored):
             batch.weight = torch.from_numpy(np.repeat(valid, self.expansion)).float()
         return batch
@@ -240,8 +264,7 @@ class BatchBuilder:
             item[negative] = stored.lists("negatives_item").pick(row[negative], j[negative] - 1)
             label[negative] = 0.0
         batch = self._assemble(stored, row, j, item, label, -1, k, global_rows * (1 + k))
-        batch.read = self._read(stored)
-        return batch
+        return self._with_histories(batch, stored)
 
     def _assemble(
         self,
@@ -255,20 +278,23 @@ class BatchBuilder:
         global_rows: int,
     ) -> Batch:
         features = {"user": stored["user"][row], "target_item": item, "target_category": self._of("target", item)}
-        source_label = np.zeros(len(row))
+        source_label, before = np.zeros(len(row)), np.zeros(len(row), dtype=np.int64)
         valid = np.zeros(len(row), dtype=bool)
         if self._source:
             pair = self._pair(stored, row, draw, epoch, k)
             features |= {"source_item": pair.item, "source_category": self._of("source", pair.item)}
-            source_label, valid = pair.label, pair.valid
+            source_label, valid, before = pair.label, pair.valid, pair.before
+        if self._source_user:
+            features["source_user"] = features["user"]
         if not len(row):  # a worker without rows would crash the lookup and take its peers along
             features = {n: np.zeros(1, dtype=np.int64) for n in features}
         rows = max(len(row), 1)
         floats = {"label": label, "source_label": source_label, "weight": np.ones(len(row))}
         return Batch(
             train=_one_id_a_row(features),
-            read={},
+            histories={},
             source_valid=_filled(valid, rows, torch.bool),
+            source_before=_filled(before, rows, torch.int64),
             user=_filled(stored["user"][row], rows, torch.int64),
             example=_filled(stored["example_id"][row], rows, torch.int64),
             global_rows=global_rows,
@@ -279,17 +305,27 @@ class BatchBuilder:
         """The features of target items [n], without rows to which they belong."""
         return _one_id_a_row({"target_item": item, "target_category": self._of("target", item)})
 
-    def _read(self, stored: StoredRows) -> dict[str, History]:
-        (read,) = self._read_in_steps(stored, [len(stored)])
-        return read
+    def _with_histories(self, batch: Batch, stored: StoredRows) -> Batch:
+        (histories,) = self._histories_of(stored, [len(stored)])
+        return self._joined(batch, histories)
 
-    def _read_in_steps(self, stored: StoredRows, sizes: Sequence[int]) -> list[dict[str, History]]:
-        """The histories of so many stored rows each; a worker without rows has one empty history."""
+    def _joined(self, batch: Batch, histories: dict[str, History]) -> Batch:
+        batch.histories = histories
+        if self._trained:
+            more = {}
+            for feature in self._trained:
+                domain, _, part = feature.partition("_history_")
+                more[feature] = getattr(histories[domain], part)
+            batch.train = _with_more(batch.train, more)
+        return batch
+
+    def _histories_of(self, stored: StoredRows, sizes: Sequence[int]) -> list[dict[str, History]]:
+        """Of so many stored rows each; a worker without rows has one empty history."""
         found = {
             domain: History.of_steps(
                 stored.lists(f"{domain}_history_item"), sizes, self._options.history_length, self._category[domain]
             )
-            for domain in (("target", "source") if self._histories else ())
+            for domain in self._histories
         }
         return [{domain: of[step] for domain, of in found.items()} for step in range(len(sizes))]
 
@@ -320,7 +356,16 @@ class BatchBuilder:
                 self._items["source"],
             )
             label[negative] = 0.0
-        return _Pair(item, label, valid)
+        return _Pair(item, label, valid, self._earlier(stored, row, index))
+
+    def _earlier(self, stored: StoredRows, row: NDArray, index: NDArray) -> NDArray[np.int64]:
+        """How many of a batch's history came before the source candidate at an index, [n]."""
+        if not self._before:
+            return np.zeros(len(row), dtype=np.int64)
+        history = stored.lists("source_history_item").lengths[row]
+        kept = np.minimum(history, self._options.history_length)
+        first = stored["source_history_first"][row] + history - kept
+        return np.clip(stored.lists("source_candidates_before").pick(row, index) - first, 0, kept).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -328,6 +373,7 @@ class _Pair:
     item: NDArray
     label: NDArray
     valid: NDArray
+    before: NDArray
 
 
 class _Copies:
@@ -356,7 +402,7 @@ def _split(whole: Batch, stored: Sequence[int], global_rows: Sequence[int]) -> l
     of = {name: getattr(whole, name).split(sizes) for name in _COLUMNS}
     parts = zip(_split_train(whole.train, sizes), global_rows, strict=True)
     return [
-        Batch(train=train, read={}, global_rows=rows, **{name: of[name][i] for name in _COLUMNS})
+        Batch(train=train, histories={}, global_rows=rows, **{name: of[name][i] for name in _COLUMNS})
         for i, (train, rows) in enumerate(parts)
     ]
 
@@ -380,6 +426,19 @@ def _filled(values: NDArray, rows: int, dtype: torch.dtype) -> Tensor:
 def _one_id_a_row(features: Mapping[str, NDArray]) -> KeyedJaggedTensor:
     names: Sequence[str] = list(features)
     return _ones(names, torch.from_numpy(np.concatenate([features[n] for n in names]).astype(np.int64)))
+
+
+def _with_more(features: KeyedJaggedTensor, more: Mapping[str, Tensor]) -> KeyedJaggedTensor:
+    """Features of other numbers of rows behind those that a batch has."""
+    values = torch.cat([features.values(), *more.values()])
+    each = [*features.length_per_key(), *(len(ids) for ids in more.values())]
+    return KeyedJaggedTensor(
+        keys=[*features.keys(), *more],
+        values=values,
+        lengths=torch.ones(len(values), dtype=torch.int32),
+        length_per_key=each,
+        stride_per_key_per_rank=[[n] for n in each],
+    )
 
 
 def _ones(keys: Sequence[str], values: Tensor) -> KeyedJaggedTensor:

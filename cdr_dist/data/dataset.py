@@ -20,7 +20,7 @@ import pyarrow as pa
 from cdr_dist.data import storage
 from cdr_dist.errors import UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PADDING, UNKNOWN, FIRST_ID = 0, 1, 2
 SPLITS = ("train", "valid", "test")
 POSITIVES = tuple(f"{split}_positives" for split in SPLITS)
@@ -50,11 +50,13 @@ EXAMPLE_SCHEMA = pa.schema(
         ("target_history_category", _ids),
         ("source_history_item", _ids),
         ("source_history_category", _ids),
+        ("source_history_first", pa.int32()),  # the user's positive source behaviours before those
         # The user's source behaviours strictly before the user's validation time, sampled down to 100.
         ("source_candidates_item", _ids),
         ("source_candidates_category", _ids),
         ("source_candidates_label", _labels),
         ("source_candidates_timestamp", _list(pa.int64())),
+        ("source_candidates_before", _ids),  # the user's positive source behaviours before each
         # All of the user's *training* behaviours in the target domain (up to 1,000): what sampled negatives
         # must avoid, and where dev behaviours of the same user come from.
         ("target_candidates_item", _ids),

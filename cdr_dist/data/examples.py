@@ -134,6 +134,12 @@ class Examples:
         return kept, most_recent(positives.starts[self.target.user], ends, options.history_length)
 
     @cached_property
+    def source_before(self) -> Ints:
+        """Of each source row: the user's positive source behaviours before it."""
+        kept = self.source.label > 0
+        return np.cumsum(kept) - kept - self.source.where(kept).starts[self.source.user]
+
+    @cached_property
     def source_candidates(self) -> tuple[np.ndarray, Slices]:
         """A user's source behaviours strictly before validation, sampled down where there are too many."""
         options, source = self.options, self.source
@@ -185,6 +191,7 @@ class Examples:
             "label": target.label[rows],
             "timestamp": target.timestamp[rows],
             "position": self.position[rows],
+            "source_history_first": self._source_history_first[rows],
             "negatives_item": self._negatives(rows),
         }
         of_target = {"item": target.item, "category": self.target_category, "label": target.label}
@@ -192,7 +199,7 @@ class Examples:
         for name, values in (
             ("target_history", of_target),
             ("source_history", of_source),
-            ("source_candidates", of_source | {"timestamp": source.timestamp}),
+            ("source_candidates", of_source | {"timestamp": source.timestamp, "before": self.source_before}),
             ("target_candidates", of_target),
         ):
             kept, slices = getattr(self, name)
@@ -202,6 +209,11 @@ class Examples:
                     wanted = EXAMPLE_SCHEMA.field(f"{name}_{of}").type.value_type.to_pandas_dtype()
                     columns[f"{name}_{of}"] = part.of(flat[kept].astype(wanted))
         return pa.table({name: columns[name] for name in EXAMPLE_SCHEMA.names}, schema=EXAMPLE_SCHEMA)
+
+    @cached_property
+    def _source_history_first(self) -> np.ndarray:
+        kept, slices = self.source_history
+        return (slices.starts - self.source.where(kept).starts[self.target.user]).astype(np.int32)
 
     def _negatives(self, rows: slice | Ints) -> pa.ListArray:
         options, evaluated = self.options, self.split[rows] != splits.TRAIN

@@ -51,6 +51,32 @@ class History:
             found.append(cls(of[0][start:unique], of[1][start:unique], of[2][start:stop], own))
         return found
 
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def some(self, start: int, stop: int) -> History:
+        """Histories start..stop-1, of the same distinct items."""
+        first, last = (int(self.lengths[:n].sum()) for n in (start, stop))
+        return History(self.item, self.category, self.position[first:last], self.lengths[start:stop])
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Where the distinct items stand, [n, longest] (0 behind the end of a history), and what is no padding."""
+        longest = int(self.lengths.max()) if len(self.lengths) else 0
+        real = torch.arange(longest, device=self.lengths.device) < self.lengths.unsqueeze(1)
+        return torch.zeros_like(real, dtype=torch.int64).masked_scatter_(real, self.position), real
+
+    def before(self, ends: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """As `padded`, of the `most` positions before `ends`, a multiple of len(self): rows after one another share a
+        history."""
+        copies = len(ends) // len(self)
+        size = min(most, int(ends.max())) if len(ends) else 0
+        within = ends.unsqueeze(1) - size + torch.arange(size, device=ends.device)
+        within = within + (size - ends).clamp(min=0).unsqueeze(1)  # a short one begins in the first column
+        real = within < ends.unsqueeze(1)
+        first = (self.lengths.cumsum(0) - self.lengths).repeat_interleave(copies).unsqueeze(1)
+        place = torch.zeros_like(within).masked_scatter_(real, self.position[(first + within)[real]])
+        return place, real
+
     def to(self, device: torch.device) -> History:
         return History(*(of.to(device) for of in vars(self).values()))
 

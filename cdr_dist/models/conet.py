@@ -105,7 +105,7 @@ class _Pairs:
         self._layers = [(weight.t().contiguous(), bias) for weight, bias in layers]
         self._head, self._k = model.target_head, k
 
-    def row_part(self, embedded: Mapping[str, Tensor]) -> Tensor:
+    def row_part(self, embedded: Mapping[str, Tensor], _batch: Labels) -> Tensor:
         return torch.stack([embedded[f] @ w.t() for f, w in self._of_row.items()]).sum(0) + self._bias
 
     def item_part(self, embedded: Mapping[str, Tensor]) -> Tensor:

@@ -14,10 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cdr_dist.data.histories import History
+
 
 @dataclass(frozen=True)
 class Spec:
-    """features: name -> table. Known features: user, target_{item,category}, source_{item,category}, each [B]."""
+    """features: name -> table.
+
+    Of a row: user, {target,source}_{item,category}, and source_user, the user once more for a table of its own. Of the
+    distinct items of the rows' histories: {target,source}_history_{item,category}; what a row's history is says
+    `batch.histories`.
+    """
 
     features: Mapping[str, str]
 
@@ -35,10 +42,15 @@ class Output(NamedTuple):
 
 
 class Labels(Protocol):
-    """The part of a batch that a loss needs: labels [B], float."""
+    """What a backbone may know of B rows: labels [B], float, and domain -> histories, where `Spec` has features of
+    theirs; B / len(histories) rows after one another share one. source_before [B], int64: how many items of a row's
+    source history came before its source behaviour, which stands in it itself.
+    """
 
     label: Tensor
     source_label: Tensor
+    histories: Mapping[str, History]
+    source_before: Tensor
 
 
 class Backbone(Protocol):

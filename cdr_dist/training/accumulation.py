@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cdr_dist.data.batch import Batch
+from cdr_dist.data.batch import ROW_FEATURES, Batch
+from cdr_dist.data.histories import History
 from cdr_dist.embeddings.features import Features, rows_by_feature
 
 Weights = Callable[[Mapping[str, Tensor]], Tensor | None]
@@ -22,11 +23,13 @@ Weights = Callable[[Mapping[str, Tensor]], Tensor | None]
 
 @dataclass(frozen=True)
 class Part:
-    """What a loss needs of some rows of a batch, [b] each."""
+    """What a loss needs of some rows of a batch: [b] each, and their histories."""
 
     label: Tensor
     source_label: Tensor
     weight: Tensor
+    histories: Mapping[str, History]
+    source_before: Tensor
 
 
 def backward_in_parts(
@@ -49,15 +52,21 @@ def backward_in_parts(
     flows = weighed is not None and weighed.requires_grad
     constant = None if weighed is None else weighed.detach().requires_grad_(flows)
     sums: list[Tensor] = []
-    for start, stop in _bounds(len(batch), parts):
-        some = slice(start, stop)
-        leaves = {f: v[some].detach().requires_grad_() for f, v in values.items()}
-        part = Part(batch.label[some], batch.source_label[some], batch.weight[some])
+    copies = len(batch) // len(next(iter(batch.histories.values()))) if batch.histories else 1
+    for start, stop in _bounds(len(batch) // copies, parts):
+        some = slice(start * copies, stop * copies)
+        # The rows of histories are those of the whole batch: which of them a part uses is not worth finding out.
+        of_rows = {f: some if f in ROW_FEATURES else slice(None) for f in values}
+        leaves = {f: v[of_rows[f]].detach().requires_grad_() for f, v in values.items()}
+        histories = {domain: of.some(start, stop) for domain, of in batch.histories.items()}
+        part = Part(
+            batch.label[some], batch.source_label[some], batch.weight[some], histories, batch.source_before[some]
+        )
         found = losses(leaves, part, None if constant is None else constant[some])
         found[0].backward()
         for f, leaf in leaves.items():
             if leaf.grad is not None:
-                into[f][some] = leaf.grad
+                into[f][of_rows[f]] += leaf.grad
         found = [x.detach() for x in found]
         sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
     if weighed is not None and constant is not None and constant.grad is not None:

@@ -11,7 +11,9 @@ from hydra.utils import instantiate
 from cdr_dist.bilevel.options import ALL_TABLES, DENSE
 from cdr_dist.configuration import TrainConfig
 from cdr_dist.data import storage
+from cdr_dist.data.batch import DOMAINS, HISTORY_FEATURES, ROW_FEATURES, vocabulary_of
 from cdr_dist.data.dataset import Manifest, read_manifest
+from cdr_dist.data.histories import History
 from cdr_dist.data.truth import FILE
 from cdr_dist.embeddings.options import TableSpec
 from cdr_dist.errors import UserError, nearest
@@ -20,7 +22,9 @@ from cdr_dist.models.protocol import Output
 
 METRICS = ("auc", "gauc", "logloss")
 RANKED = re.compile(rf"(?:{'|'.join(RANKING)})@(\d+)")
-FEATURES = ("user", "target_item", "target_category", "source_item", "source_category")
+FEATURES = (*ROW_FEATURES, *HISTORY_FEATURES)
+WEIGHED = ("target_item", "target_category", "source_item", "source_category")
+"""What the perceptron reads through the model's tables."""
 
 
 def check_before_start(config: TrainConfig, folder: str) -> Manifest:
@@ -84,7 +88,7 @@ def check_updates(config: TrainConfig, folder: str) -> None:
 
 def check_weighable(config: TrainConfig, model: Any) -> None:
     """UserError: a feature that the perceptron reads and the model does not, no source loss, a theta of no table."""
-    lacking = [f for f in FEATURES[1:] if f not in model.spec().features]
+    lacking = [f for f in WEIGHED if f not in model.spec().features]
     if lacking or not config.recipe.source:
         what = f"the model does not read {lacking[0]}" if lacking else "the recipe has source: false"
         raise UserError(f"recipe={config.recipe.name}: weighs source behaviours, but {what}")
@@ -99,7 +103,7 @@ def table_specs(config: TrainConfig, manifest: Manifest, model: Any) -> list[Tab
     o = config.tables
     rows: dict[str, int] = {}
     for feature, table in model.spec().features.items():
-        rows[table] = max(rows.get(table, 0), manifest.rows[feature])
+        rows[table] = max(rows.get(table, 0), manifest.rows[vocabulary_of(feature)])
     return [TableSpec(name, rows[name], o.width, o.init_std) for name in model.spec().tables]
 
 
@@ -111,7 +115,11 @@ def _check_model(config: TrainConfig) -> None:
     if unknown:
         raise UserError(f"{name}: spec() names the feature {unknown[0]}; known: {', '.join(FEATURES)}")
     try:
-        embedded = {f: torch.zeros(2, config.tables.width) for f in model.spec().features}
+        histories = len(_TwoLabels.histories["target"].item)
+        embedded = {
+            f: torch.zeros(histories if f in HISTORY_FEATURES else 2, config.tables.width)
+            for f in model.spec().features
+        }
         labels = _TwoLabels()
         with torch.no_grad():
             output = model(embedded, labels)
@@ -138,7 +146,11 @@ def _check_model(config: TrainConfig) -> None:
 
 
 class _TwoLabels:
+    """Of two rows, one without a history."""
+
     label = source_label = torch.tensor([1.0, 0.0])
+    source_before = torch.tensor([1, 0])
+    histories = dict.fromkeys(DOMAINS, History(*torch.tensor([[2, 3], [2, 2], [1, 0], [2, 0]])))
 
 
 def check_dataset(config: TrainConfig, manifest: Manifest) -> None:

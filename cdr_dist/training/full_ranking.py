@@ -109,9 +109,9 @@ def _positives(session: Session, scorer: PairScorer, rows: Rows) -> _Positives:
     counts = kept.numpy()[row] if len(row) else np.zeros(0, dtype=bool)
     batch, kept = batch.to(session.device), kept.to(session.device)
     found = session.tables.read(ids_by_table(batch.train, session.features))
-    features = {name: of[kept] for name, of in rows_by_feature(found, batch.train, session.features).items()}
-    part = scorer.row_part(features)
-    own = scorer.logits(part, scorer.item_part(features))
+    features = rows_by_feature(found, batch.train, session.features)
+    part = scorer.row_part(features, batch)[kept]
+    own = scorer.logits(part, scorer.item_part({f: features[f][kept] for f in ITEM_FEATURES}))
     return _Positives(part, _finite(own), batch.example[kept], number[row[counts]], item[counts])
 
 

@@ -38,7 +38,7 @@ def weights_by_category(session: Session) -> pl.DataFrame:
         batch = feed.next().batch
         rows = session.tables.read(ids_by_table(batch.train, session.features))
         embedded = rows_by_feature(rows, batch.train, session.features)
-        given = perceptron_input(session.tables, session.features, batch.read, embedded, False)
+        given = perceptron_input(session.tables, session.features, batch.histories, embedded, False)
         score = perceptron(given)
         weight = normalised(score, batch.source_valid, perceptron.gamma) * batch.global_rows
         kept = batch.source_valid & ((batch.source_label > 0) | (session.manifest.label == "rating"))

@@ -13,7 +13,7 @@ from cdr_dist.bilevel.optimiser import AdaGradNorm
 from cdr_dist.bilevel.perceptron import BehaviouralPerceptron
 from cdr_dist.configuration import TrainConfig
 from cdr_dist.data import storage
-from cdr_dist.data.batch import Batch, BatchBuilder, HoldOut
+from cdr_dist.data.batch import DOMAINS, Batch, BatchBuilder, HoldOut
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.feed import Feed
 from cdr_dist.data.lanes import lanes_of
@@ -51,7 +51,7 @@ class Session:
         specs = table_specs(config, self.manifest, self.model)
         self.tables = ShardedTables(specs, config.tables, config.seed, self.device, memory)
         self.builder = BatchBuilder(
-            folder, self.manifest, config.batch, config.seed, source=config.recipe.source, histories=learned
+            folder, self.manifest, config.batch, config.seed, self.features, DOMAINS if learned else ()
         )
         upper = config.upper
         rotating = learned and upper.dev == "rotating"

@@ -88,6 +88,6 @@ class Learned:
         flows = self._perceptron.options.item_gradient
         # As released, the item that enters the global part takes a gradient, the perceptron's parameters never do.
         with nullcontext() if flows else torch.no_grad():
-            seen = perceptron_input(self._tables, self._features, batch.read, embedded, flows)
+            seen = perceptron_input(self._tables, self._features, batch.histories, embedded, flows)
             score = torch.cat([self._perceptron(part) for part in seen.parts(1 if flows else self._parts)])
             return normalised(score, batch.source_valid, self._perceptron.gamma)
