@@ -106,7 +106,7 @@ def modules(problem, dtype=torch.float64, **options):
     phi = {n: p.detach() for n, p in problem.phi.items()}
     for name in [n for n in phi if ".key." in n]:
         phi[name] = phi[name][:, : 2 * width]
-    perceptron.load_state_dict(phi)
+    perceptron.load_state_dict({n: phi[n] for n in perceptron.state_dict()})
     head = torch.nn.Linear(hidden[-1], 1).to(dtype)
     head.load_state_dict({n: p.detach() for n, p in problem.dev_head.items()})
     return model, perceptron, head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from cdr_dist.bilevel import perceptron as perceptron_module
 from cdr_dist.bilevel.perceptron import BehaviouralPerceptron, normalised
 from cdr_dist.configuration import from_words
-from cdr_dist.training import accumulation, lower, weighting
+from cdr_dist.training import accumulation, lower
 from cdr_dist.training.session import Session
 from cdr_dist.training.worker import phases_of
 from tests.datasets import rated, sampled, scratch
@@ -91,7 +93,7 @@ def with_an_update_for_every_part():
         for start, stop in accumulation._bounds(len(batch), parts):
             only = torch.zeros(len(batch)).index_fill_(0, torch.arange(start, stop), 1.0)
             embedded = accumulation.rows_by_feature(rows, batch.train, features)
-            part = accumulation.Part(batch.label, batch.source_label, batch.weight * only)
+            part = dataclasses.replace(batch, weight=batch.weight * only)
             weighed = weights(embedded)
             found = losses(embedded, part, weighed * only)
             found[0].backward(retain_graph=True)
@@ -118,7 +120,7 @@ def with_weights_over_parts():
 
     stack = contextlib.ExitStack()
     stack.enter_context(with_unequal_weights())
-    stack.enter_context(replaced(weighting, "normalised", parted))
+    stack.enter_context(replaced(perceptron_module, "normalised", parted))
     return stack
 
 

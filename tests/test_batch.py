@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cdr_dist.bilevel.perceptron import HISTORIES
-from cdr_dist.data.batch import BatchBuilder, HoldOut
+from cdr_dist.data.batch import DOMAINS, ROW_FEATURES, BatchBuilder, HoldOut
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.options import BatchOptions
 from cdr_dist.data.stored_rows import StoredRows
@@ -24,7 +24,9 @@ def data(request):
 
 
 def builder(folder, seed=8, **options):
-    return BatchBuilder(folder, read_manifest(folder), BatchOptions(**options), seed, features=ROW_FEATURES[:5], histories=DOMAINS)
+    return BatchBuilder(
+        folder, read_manifest(folder), BatchOptions(**options), seed, features=ROW_FEATURES[:5], histories=DOMAINS
+    )
 
 
 def stored(folder, split="train"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cdr_dist.bilevel import hypergradient as module
 from cdr_dist.bilevel import perceptron as perceptron_module
 from cdr_dist.bilevel.hypergradient import hypergradient
 from cdr_dist.bilevel.lookup import ResidentRows, perceptron_input
@@ -85,7 +84,7 @@ def normaliser_detached(call):
 
         return gamma * mass / sum_over_workers(mass.sum()).detach()
 
-    with replaced(module, "normalised", detached):
+    with replaced(perceptron_module, "normalised", detached):
         return call()
 
 

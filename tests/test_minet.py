@@ -47,7 +47,9 @@ def by_hand(model, tables, embedded):
         q, found = item["target"], {"user": user}
         for d in ("target", "source") if model.source else ("target",):
             name = f"{d}_attention"
-            rows = [torch.cat([tables[f"{d}_item"][i], tables[f"{d}_category"][i % 4]]) for i in LISTS[d][row // COPIES]]
+            rows = [
+                torch.cat([tables[f"{d}_item"][i], tables[f"{d}_category"][i % 4]]) for i in LISTS[d][row // COPIES]
+            ]
             scores = []
             for r in rows:
                 moved = r
@@ -119,4 +121,6 @@ def test_the_source_loss_alone_teaches_the_source_tower():
     assert {n for n, g in zip(names, of_source, strict=True) if g is not None} == {
         n for n in names if n.startswith(("source_tower", "source_head"))
     }
-    assert all((g is None) == n.startswith(("source_tower", "source_head")) for n, g in zip(names, of_target, strict=True))
+    assert all(
+        (g is None) == n.startswith(("source_tower", "source_head")) for n, g in zip(names, of_target, strict=True)
+    )

@@ -91,6 +91,7 @@ def test_killed_again_and_again_gives_the_same_bits(tmp_path):
 OTHER_WAYS = {
     "a refreshed head": ["upper.head_refresh=dev:2", "upper.optimiser=adam"],
     "a rotating hold-out": ["upper.dev=rotating", "upper.hold_out=0.5"],
+    "a dev set apart": ["upper.dev=split", "upper.split=0.2"],
 }
 
 

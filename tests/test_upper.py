@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cdr_dist.bilevel.optimiser import AdaGradNorm
-from cdr_dist.data.batch import BatchBuilder, HoldOut
+from cdr_dist.data.batch import DOMAINS, ROW_FEATURES, BatchBuilder, HoldOut
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.options import BatchOptions
 from cdr_dist.data.stored_rows import StoredRows
@@ -113,7 +113,7 @@ def test_the_extra_heads_gradient_is_that_of_its_loss():
     """Written down in `lower`, against autograd's; it is added to what is there, and rows of weight 0 do not count."""
     random = torch.Generator().manual_seed(0)
     features, label = torch.randn(6, 3, generator=random), torch.tensor([1.0, 0, 1, 1, 0, 0])
-    rows = Part(label, label, torch.tensor([1.0, 1, 1, 0, 1, 1]))
+    rows = Part(label, label, torch.tensor([1.0, 1, 1, 0, 1, 1]), {}, label)
     head = torch.nn.Linear(3, 1)
     loss = (rows.weight * cross_entropy(head(features).squeeze(1), label)).sum() / 10
     wanted = torch.autograd.grad(loss, list(head.parameters()))

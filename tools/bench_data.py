@@ -109,6 +109,7 @@ def _rows(random: Any, shape: Shape, sizes: dict[str, int], category: dict[str, 
         "label": likes,
         "timestamp": np.arange(n),
         "position": random.integers(0, 5, n).astype(np.int32),
+        "source_history_first": np.zeros(n, dtype=np.int32),
         "negatives_item": _lists(
             np.full(n, int(shape.sampled and split != "train")), lambda k: _ids(random, sizes["target_item"], k)
         ),
@@ -123,6 +124,7 @@ def _rows(random: Any, shape: Shape, sizes: dict[str, int], category: dict[str, 
                 "category": category[domain][ids],
                 "label": random.integers(0, 2, len(ids)).astype(np.float32),
                 "timestamp": np.zeros(len(ids), dtype=np.int64),
+                "before": np.zeros(len(ids), dtype=np.int32),
             }
             for part, of_values in values.items():
                 if f"{domain}_{name}_{part}" in EXAMPLE_SCHEMA.names:

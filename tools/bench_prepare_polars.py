@@ -58,6 +58,7 @@ def examples(target: pl.DataFrame, source: pl.DataFrame) -> pl.DataFrame:
     before = (positives.cum_sum() - positives).over("user")
     target = target.with_columns(split=split.cast(pl.Int8), target_before=before)
 
+    source = source.with_columns(before=(positives.cum_sum() - positives).over("user").cast(pl.Int32))
     liked = source.filter(pl.col("label") > 0).with_columns(source_before=pl.int_range(1, pl.len() + 1).over("user"))
     target = target.join_asof(
         liked.select("user", "timestamp", "source_before"),
@@ -73,13 +74,17 @@ def examples(target: pl.DataFrame, source: pl.DataFrame) -> pl.DataFrame:
 
     target = target.join(lists(target.filter(pl.col("label") > 0), "target_history", 10**9), on="user", how="left")
     target = target.join(lists(liked, "source_history", 10**9), on="user", how="left")
+    earlier = (pl.col("source_before").fill_null(0) - HISTORY).clip(lower_bound=0).cast(pl.Int32)
+    target = target.with_columns(source_history_first=earlier)
     for domain in ("target", "source"):
         before = pl.col(f"{domain}_before").fill_null(0)
         start, length = (before - HISTORY).clip(lower_bound=0), before.clip(upper_bound=HISTORY)
         target = target.with_columns(
             pl.col(f"{domain}_history_{part}").list.slice(start, length).fill_null([]) for part in ("item", "category")
         )
-    target = target.join(lists(seen, "source_candidates", CANDIDATES, "label", "timestamp"), on="user", how="left")
+    target = target.join(
+        lists(seen, "source_candidates", CANDIDATES, "label", "timestamp", "before"), on="user", how="left"
+    )
     target = target.join(lists(trained, "target_candidates", TARGET_CANDIDATES, "label"), on="user", how="left")
     position = pl.when(pl.col("split") == 0).then(pl.col("place")).otherwise(-1).cast(pl.Int32)
     return target.with_columns(position=position).drop("place", "count", "target_before", "source_before")

@@ -67,6 +67,9 @@ class GivenWeights(nn.Module):
     def forward(self, seen: PerceptronInput) -> Tensor:
         return self.score
 
+    def weights(self, score: Tensor, valid: Tensor, _global_rows: int) -> Tensor:
+        return normalised(score, valid, self.gamma)
+
 
 def loss_of_scores(tables: Any, dense: Any, phi: Any, batch: dict[str, Tensor]) -> Tensor:
     target, source, _ = reference.conet(tables, dense, batch)
@@ -92,7 +95,7 @@ def whole_case(quick: bool, draws: int, held: ExitStack) -> Case:
     def forward_backward() -> None:
         output = s.model(rows.embedded(), train)
         target, source = s.model.losses(output, train)
-        weights = normalised(s.perceptron(seen), train.source_valid, s.perceptron.gamma)
+        weights = s.perceptron.weights(s.perceptron(seen), train.source_valid, train.global_rows)
         torch.autograd.grad(target.mean() + (weights * source).sum(), parameters)
 
     ours, units = partial(upper.run, False), (1.0, 1.0 / (TERMS + 3))

@@ -11,17 +11,21 @@ workers, densely for the dense part and by `RowExchange` for rows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cdr_dist.bilevel.conjugate_gradient import conjugate_gradient
+from cdr_dist.bilevel.identity import identity
 from cdr_dist.bilevel.lookup import ResidentRows, perceptron_input
 from cdr_dist.bilevel.neumann import neumann
 from cdr_dist.bilevel.options import ALL_TABLES, DENSE, HypergradientOptions
-from cdr_dist.bilevel.perceptron import BehaviouralPerceptron, normalised
+from cdr_dist.bilevel.perceptron import BehaviouralPerceptron
 from cdr_dist.data.batch import Batch
 from cdr_dist.embeddings.exchange import RowExchange
 from cdr_dist.embeddings.tables import ShardedTables
@@ -57,19 +61,30 @@ def hypergradient(
     assert isinstance(model, nn.Module)
     problem = _Problem(model, perceptron, tables, train, options)
     start = problem.dev_gradient(dev_head, dev)
-    scale = problem.scale() if options.precondition == "block" else None
-    if scale is not None:
-        start = [s * v for s, v in zip(scale, start, strict=True)]
-    scales: Sequence[Tensor | float] = scale if scale is not None else [options.alpha] * len(start)
-    total, norms = neumann(
-        start,
-        problem.hessian_vector,
-        lambda vector: [s * v for s, v in zip(scales, vector, strict=True)],
-        options.terms,
-        problem.norm,
-    )
+    total, norms = _inverse(problem, start, options)
     phi, by_behaviour = problem.mixed(total)
     return Hypergradient(phi, torch.stack(norms), by_behaviour)
+
+
+def _inverse(
+    problem: _Problem, start: list[Tensor], options: HypergradientOptions
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The inverse Hessian times the dev gradient, as the options approximate it, and norms on the way there."""
+    diagonal = problem.scale() if options.precondition == "block" else None
+    if options.inverse == "conjugate_gradient":
+        scales: Sequence[Tensor | float] = diagonal or [1.0] * len(start)
+        solve: Any = functools.partial(conjugate_gradient, tolerance=options.tolerance)
+    else:
+        if diagonal is not None:
+            start = [s * v for s, v in zip(diagonal, start, strict=True)]
+        scales = diagonal or [options.alpha] * len(start)
+        solve = neumann if options.inverse == "neumann" else identity
+
+    def scaled(vector: Sequence[Tensor]) -> list[Tensor]:
+        return [s * v for s, v in zip(scales, vector, strict=True)]
+
+    found: tuple[list[Tensor], list[Tensor]] = solve(start, problem.hessian_vector, scaled, options.terms, problem.dot)
+    return found
 
 
 class _Problem:
@@ -105,7 +120,7 @@ class _Problem:
         item_gradient = perceptron.options.item_gradient
         seen = perceptron_input(tables, self._features, train.histories, embedded, item_gradient)
         with span("upper weights"):
-            self._weights = normalised(perceptron(seen), train.source_valid, perceptron.gamma)
+            self._weights = perceptron.weights(perceptron(seen), train.source_valid, train.global_rows)
         # Weights do not depend on theta, so the second-order graph needs them as a leaf only: the perceptron is
         # differentiated once, at the end. As released (item_gradient) they do, and stay in the graph.
         self._leaf = self._weights if item_gradient else self._weights.detach().requires_grad_()
@@ -146,7 +161,10 @@ class _Problem:
             product = torch.autograd.grad(
                 self._gradient, self._theta, grad_outputs=list(vector), retain_graph=True, materialize_grads=True
             )
-        return self._summed(product)
+        summed = self._summed(product)
+        if self._options.damping:
+            summed = [h + self._options.damping * v for h, v in zip(summed, vector, strict=True)]
+        return summed
 
     def mixed(self, vector: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
         """-grad_phi (vector . grad_theta L_train), equal on all workers; and the same by the weights [B]."""
@@ -165,16 +183,15 @@ class _Problem:
         by_behaviour = -slope.detach() / self._local_factor if slope is not None else None
         return {n: -g / self._local_factor for n, g in zip(names, summed, strict=True)}, by_behaviour
 
-    def norm(self, vector: Sequence[Tensor]) -> Tensor:
-        """|v| over the global theta: a row that several workers hold counts once."""
-        dense, rows = vector[: len(self._dense_names)], vector[len(self._dense_names) :]
-        square = sum((v.square().sum() for v in dense), vector[0].new_zeros(()))
-        shared = vector[0].new_zeros(())
-        for v, copies in zip(rows, self._copies, strict=True):
-            shared = shared + (v.square() / copies if copies is not None else v.square()).sum()
-        if self._exact:
-            shared = sum_over_workers(shared.detach())
-        return (square + shared).sqrt().detach()
+    def dot(self, one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+        """The inner product over the global theta: a row that several workers hold counts once."""
+        products = [a.detach() * b.detach() for a, b in zip(one, other, strict=True)]
+        dense, rows = products[: len(self._dense_names)], products[len(self._dense_names) :]
+        whole = sum((p.sum() for p in dense), one[0].new_zeros(()))
+        shared = one[0].new_zeros(())
+        for p, copies in zip(rows, self._copies, strict=True):
+            shared = shared + (p / copies if copies is not None else p).sum()
+        return whole + (sum_over_workers(shared) if self._exact else shared)
 
     def scale(self) -> list[Tensor]:
         """The diagonal preconditioner P of `precondition=block`, one tensor a block (a dense layer, a table's rows).

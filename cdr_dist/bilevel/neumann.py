@@ -14,7 +14,7 @@ def neumann(
     hessian_vector: Callable[[Vector], Vector],
     scale: Callable[[Vector], Vector],
     terms: int,
-    norm: Callable[[Vector], Tensor],
+    dot: Callable[[Vector, Vector], Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """p = sum over n = 0..terms of v_n with v_0 = start and v_(n+1) = v_n - scale(H v_n), and the norms |v_n|.
 
@@ -23,10 +23,10 @@ def neumann(
     """
     v = list(start)
     total = list(v)
-    norms = [norm(v)]
+    norms = [dot(v, v).sqrt()]
     for _ in range(terms):
         step = scale(hessian_vector(v))
         v = [a - b for a, b in zip(v, step, strict=True)]
         total = [a + b for a, b in zip(total, v, strict=True)]
-        norms.append(norm(v))
+        norms.append(dot(v, v).sqrt())
     return total, norms

@@ -19,6 +19,12 @@ class PerceptronOptions:
     """Hidden layers of eq. 3; none: a single linear layer, as released."""
     local_hidden: list[int] = field(default_factory=lambda: [32, 16])
     """Hidden layers of eq. 7."""
+    parts: list[str] = field(default_factory=lambda: ["global", "user"])
+    """What a score is the product of: global (eq. 3) and user (eq. 4-7); one of them alone is the paper's ablation
+    without the other."""
+    normalisation: str = "softmax"
+    """Of scores to weights (eq. 8's sigma): softmax over the batch, so that they sum to gamma, or softplus over its
+    sum, the same with less contrast; sigmoid: gamma / B times twice the score's sigmoid, each for itself."""
     gamma: str = "softplus"
     """softplus, or relu as released (which cannot recover from 0)."""
     gamma_initial: float | None = None
@@ -31,6 +37,10 @@ class PerceptronOptions:
     def __post_init__(self) -> None:
         if self.gamma not in ("softplus", "relu"):
             raise UserError(f"perceptron.gamma={self.gamma}: choose softplus or relu")
+        if not self.parts or set(self.parts) - {"global", "user"} or len(set(self.parts)) < len(self.parts):
+            raise UserError(f"perceptron.parts={self.parts}: choose global, user or both")
+        if self.normalisation not in ("softmax", "softplus", "sigmoid"):
+            raise UserError(f"perceptron.normalisation={self.normalisation}: choose softmax, softplus or sigmoid")
         if self.gamma_initial is not None and self.gamma_initial <= 0:
             raise UserError(f"perceptron.gamma_initial={self.gamma_initial}: must be positive")
 
@@ -39,8 +49,14 @@ class PerceptronOptions:
 class HypergradientOptions:
     """How eq. 14 is approximated."""
 
+    inverse: str = "neumann"
+    """Of the Hessian: neumann, conjugate_gradient, or identity (the one-step gradient; as neumann with terms=0)."""
     terms: int = 0
-    """K of the Neumann series; 0 is the one-step gradient."""
+    """K of the Neumann series, where 0 is the one-step gradient; most products of conjugate gradients."""
+    tolerance: float = 0.0
+    """conjugate_gradient ends where its residual has fallen below this share of the first one."""
+    damping: float = 0.0
+    """Added to the Hessian's diagonal: makes one positive that is not, and the series converge sooner, to less."""
     alpha: float = 1.0
     """Step of the series (released: convlr = 1)."""
     mode: str = "exact"
@@ -53,11 +69,16 @@ class HypergradientOptions:
     @property
     def passes(self) -> int:
         """Backward passes of one hypergradient: dev gradient, train gradient with graph, K products, mixed."""
-        return self.terms + 3 + (self.precondition == "block")
+        products = 0 if self.inverse == "identity" else self.terms
+        return products + 3 + (self.precondition == "block")
 
     def __post_init__(self) -> None:
         if self.terms < 0:
             raise UserError(f"hypergradient.terms={self.terms}: must not be negative")
+        if self.inverse not in ("neumann", "conjugate_gradient", "identity"):
+            raise UserError(f"hypergradient.inverse={self.inverse}: choose neumann, conjugate_gradient or identity")
+        if self.tolerance < 0 or self.damping < 0:
+            raise UserError("hypergradient.tolerance and hypergradient.damping must not be negative")
         if self.mode not in ("exact", "local"):
             raise UserError(f"hypergradient.mode={self.mode}: choose exact or local")
         if self.precondition not in ("none", "block"):

@@ -25,11 +25,13 @@ class BehaviouralPerceptron(nn.Module):
         super().__init__()
         self.options = options
         inner = options.heads * width
-        self.global_mlp = _Mlp(2 * width, options.global_hidden)
-        self.attention = nn.ModuleDict(
-            {d: PooledAttention(2 * width, options.heads, width, options.padding) for d in HISTORIES}
-        )
-        self.local_mlp = _Mlp(2 * inner, options.local_hidden)
+        if "global" in options.parts:
+            self.global_mlp = _Mlp(2 * width, options.global_hidden)
+        if "user" in options.parts:
+            self.attention = nn.ModuleDict(
+                {d: PooledAttention(2 * width, options.heads, width, options.padding) for d in HISTORIES}
+            )
+            self.local_mlp = _Mlp(2 * inner, options.local_hidden)
         self.gamma_raw = nn.Parameter(torch.empty(()))
 
     @property
@@ -38,31 +40,59 @@ class BehaviouralPerceptron(nn.Module):
         return functional.softplus(self.gamma_raw) if self.options.gamma == "softplus" else self.gamma_raw.relu()
 
     def parts(self, seen: PerceptronInput) -> tuple[Tensor, Tensor]:
-        """(gamma_1, gamma_2), each [B]: the global importance (eq. 3) and the user-specific one (eq. 4-7)."""
+        """(gamma_1, gamma_2), each [B]: the global importance (eq. 3) and the user-specific one (eq. 4-7).
+
+        A part that `options.parts` leaves out is 1.
+        """
+        one = seen.item.new_ones(len(seen.item))
+        return self._of_item(seen) if "global" in self.options.parts else one, (
+            self._of_user(seen) if "user" in self.options.parts else one
+        )
+
+    def _of_item(self, seen: PerceptronInput) -> Tensor:
+        found: Tensor = self.global_mlp(seen.item)
+        return found
+
+    def _of_user(self, seen: PerceptronInput) -> Tensor:
         attentions = [cast(PooledAttention, self.attention[d]) for d in HISTORIES]
         histories = [(seen.history[d], seen.position[d], seen.lengths[d]) for d in HISTORIES]
-        local = pooled_attention(attentions, histories, seen.item.detach())
-        return self.global_mlp(seen.item), self.local_mlp(local)
+        found: Tensor = self.local_mlp(pooled_attention(attentions, histories, seen.item.detach()))
+        return found
 
     def forward(self, seen: PerceptronInput) -> Tensor:
         """Scores [B]."""
         global_part, local_part = self.parts(seen)
         return global_part * local_part
 
+    def weights(self, score: Tensor, valid: Tensor, global_rows: int) -> Tensor:
+        """Scores [B] of this worker's behaviours -> their weights in the source loss; 0 where not valid (bool).
+
+        global_rows: rows of the global batch.
+        """
+        if self.options.normalisation == "softmax":
+            return normalised(score, valid, self.gamma)
+        if self.options.normalisation == "sigmoid":
+            return valid * score.sigmoid() * (2 * self.gamma / global_rows)
+        mass = functional.softplus(score) * valid
+        return mass * (self.gamma / sum_over_workers(mass.sum()).clamp(min=torch.finfo(mass.dtype).tiny))
+
     def initial_values(self) -> dict[str, Tensor]:
         """gamma_1 = 0 and gamma_2 near 1: all weights start equal, as in joint training, and gamma_1 can move.
 
-        With random signs of gamma_2 the product would pull gamma_1 up for one user and down for the next.
+        With random signs of gamma_2 the product would pull gamma_1 up for one user and down for the next. One
+        part alone starts at 0.
         """
         start = torch.tensor(1.0 if self.options.gamma_initial is None else self.options.gamma_initial)
         named = dict(self.named_parameters())
-        first, last = f"global_mlp.{len(self.global_mlp) - 1}", f"local_mlp.{len(self.local_mlp) - 1}"
-        return {
-            "gamma_raw": start.expm1().log() if self.options.gamma == "softplus" else start,
-            f"{first}.weight": torch.zeros_like(named[f"{first}.weight"]),
-            f"{last}.weight": torch.zeros_like(named[f"{last}.weight"]),
-            f"{last}.bias": torch.ones_like(named[f"{last}.bias"]),
-        }
+        found = {"gamma_raw": start.expm1().log() if self.options.gamma == "softplus" else start}
+        if "global" in self.options.parts:
+            first = f"global_mlp.{len(self.global_mlp) - 1}"
+            found[f"{first}.weight"] = torch.zeros_like(named[f"{first}.weight"])
+        if "user" in self.options.parts:
+            last = f"local_mlp.{len(self.local_mlp) - 1}"
+            found[f"{last}.weight"] = torch.zeros_like(named[f"{last}.weight"])
+            found[f"{last}.bias"] = torch.full_like(named[f"{last}.bias"], float("global" in self.options.parts))
+        return found
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ class Batch:
     stand after one another and share it.
     label, source_label, weight: float32 [B]; source_valid: bool [B]; user, example: int64 [B].
     source_before: int64 [B]: how many of the row's source history came before its source behaviour (or that of which
-    it is the negative), 0 unless the model reads both. example names the stored row: a positive and its negatives share it.
+    it is the negative), 0 unless the model reads both. example names the stored row: a positive and its negatives
+    share it.
     """
 
     train: KeyedJaggedTensor
@@ -93,6 +94,11 @@ class HoldOut:
     share: float
     epochs: int
 
+    def held(self, stored: StoredRows, epoch: int) -> NDArray[np.bool_]:
+        """Which stored rows are held out in an epoch, [n]."""
+        own = stored.lists("target_candidates_item").lengths
+        return self.of(stored["user"], own, epoch).contains(stored["position"])
+
     def of(self, user: NDArray, behaviours: NDArray, epoch: int) -> HeldOut:
         """user, behaviours (the user's number of them): [n]."""
         period = epoch // self.epochs
@@ -100,6 +106,18 @@ class HoldOut:
         more = uniform(mix(key("hold_out", self.seed), user, period))
         count = np.minimum((self.share * behaviours + more).astype(np.int64), behaviours - 1)
         return HeldOut(first, np.maximum(count, 0), np.maximum(behaviours, 1))
+
+
+@dataclass(frozen=True)
+class Split:
+    """A share of the training behaviours that lower updates never see: the dev set of BIAO's `split r` (Table 3)."""
+
+    seed: int
+    share: float
+
+    def held(self, stored: StoredRows, _epoch: int) -> NDArray[np.bool_]:
+        """Which stored rows are of the dev set, [n]."""
+        return uniform(mix(key("split", self.seed), stored["example_id"])) < self.share
 
 
 @dataclass(frozen=True)
@@ -166,7 +184,7 @@ class BatchBuilder:
         return wanted
 
     def train(
-        self, stored: StoredRows, epoch: int, global_rows: int, hold_out: HoldOut | None = None, draws: int = 1
+        self, stored: StoredRows, epoch: int, global_rows: int, hold_out: HoldOut | Split | None = None, draws: int = 1
     ) -> Batch:
         """global_rows: stored rows of the global step; the batch counts its negatives too.
 
@@ -176,18 +194,25 @@ class BatchBuilder:
         return self._with_histories(self._train(stored, epoch, global_rows, hold_out, draws), stored)
 
     def _train(
-        self, stored: StoredRows, epoch: int, global_rows: int, hold_out: HoldOut | None, draws: int = 1
+        self, stored: StoredRows, epoch: int, global_rows: int, hold_out: HoldOut | Split | None, draws: int = 1
     ) -> Batch:
         copies = _Copies(len(stored), draws)
         item, label = stored["item"][copies.row], stored["label"][copies.row]
         batch = self._with_negatives(stored, copies, item, label, "", epoch, global_rows)
         if hold_out is not None and len(stored):
-            held = hold_out.of(stored["user"], stored.lists("target_candidates_item").lengths, epoch)
-            kept = ~held.contains(stored["position"])
+            kept = ~hold_out.held(stored, epoch)
             batch.weight = torch.from_numpy(np.repeat(kept, draws * self.expansion)).float()
         return batch
 
-    def train_steps(self, block: Block, hold_out: HoldOut | None = None) -> list[Batch]:
+    def dev_steps(self, block: Block, split: Split) -> list[Batch]:
+        """`train` for every step of a block, of the rows of the dev set alone."""
+        found = []
+        for rows in block.steps:
+            own = rows.stored.arranged(np.flatnonzero(split.held(rows.stored, rows.place.epoch)))
+            found.append(self.train(own, rows.place.epoch, rows.global_rows))
+        return found
+
+    def train_steps(self, block: Block, hold_out: HoldOut | Split | None = None) -> list[Batch]:
         """`train` for every step of a block, made together."""
         every = [rows.global_rows for rows in block.steps]
         stored = [len(rows.stored) for rows in block.steps]

@@ -1,4 +1,4 @@
-"""DASL: two domains' sequences of behaviours, each read by both, and users joined by an orthogonal map (Li et al., KDD 2021)."""
+"""DASL: two domains' sequences, each read by both, and users joined by an orthogonal map (Li et al., KDD 2021)."""
 
 from __future__ import annotations
 
@@ -38,11 +38,10 @@ class DASL(PerExampleLosses):
         self.domains = ("target", "source") if source else ("target",)
         self.memory = nn.ModuleDict({d: nn.GRU(3 * width, memory, batch_first=True) for d in self.domains})
         self.attention = nn.ModuleDict({d: _Attention(memory) for d in self.domains})
-        for domain in self.domains:
-            tower, head = _tower(memory + 3 * width, hidden)
-            setattr(self, f"{domain}_tower", tower)
-            setattr(self, f"{domain}_head", head)
+        self._memory = memory
+        self.target_tower, self.target_head = _tower(memory + 3 * width, hidden)
         if source:
+            self.source_tower, self.source_head = _tower(memory + 3 * width, hidden)
             self.skew = nn.Parameter(torch.zeros(width, width))
 
     def spec(self) -> Spec:
@@ -55,8 +54,7 @@ class DASL(PerExampleLosses):
 
     @property
     def target_feature_width(self) -> int:
-        width: int = self.target_head.in_features  # type: ignore[union-attr,assignment]
-        return width
+        return self.target_head.in_features
 
     def forward(self, embedded: Mapping[str, Tensor], batch: Labels) -> Output:
         """embedded: feature -> [B, width], of histories [U, width]."""
@@ -80,7 +78,12 @@ class DASL(PerExampleLosses):
         return torch.linalg.solve(one + a, one - a, left=False)
 
     def _features(
-        self, domain: str, embedded: Mapping[str, Tensor], batch: Labels, users: dict[str, Tensor], ends: dict[str, Tensor]
+        self,
+        domain: str,
+        embedded: Mapping[str, Tensor],
+        batch: Labels,
+        users: dict[str, Tensor],
+        ends: dict[str, Tensor],
     ) -> Tensor:
         """What a domain's head reads, [B, k]. ends: of each domain, before which step its behaviours are read."""
         user, rows = users[domain], len(users[domain])
@@ -105,7 +108,7 @@ class DASL(PerExampleLosses):
         place, real = history.before(ends, self.recent)
         items = torch.cat([embedded[f"{of}_history_item"], embedded[f"{of}_history_category"]], dim=1)
         if not place.numel():
-            return user.new_zeros(len(ends), 0, self.memory[of].hidden_size), real
+            return user.new_zeros(len(ends), 0, self._memory), real
         filled = torch.cat([items, items.new_zeros(1, items.shape[1])])
         rows = filled.index_select(0, place.flatten()).view(*place.shape, -1)
         own = user[:: len(user) // len(ends)].unsqueeze(1).expand(-1, place.shape[1], -1)

@@ -18,8 +18,9 @@ _PARTS = ("item", "category")
 class MiNet(PerExampleLosses):
     """Target click from long-term interest p (the user), target interest a_t and source interest a_s (MiNet, eq. 3-11).
 
-    Item-level attention: a_t is the mean of the target history's items r_i by softmax_i(v . ReLU(V [r_i; q; p; r_i * q])),
-    q the candidate; a_s the same of the source history, whose items meet q as (r_i A B) * q, of rank `rank`.
+    Item-level attention: a_t is the mean of the target history's items r_i by their fit to the candidate q,
+    softmax_i(v . ReLU(V [r_i; q; p; r_i * q])); a_s the same of the source history, whose items meet q as
+    (r_i A B) * q, of rank `rank`.
     Interest-level attention: p, a_t and a_s enter the target tower times exp(h . ReLU(W [q; p; a_t; a_s]) + b), not
     normalised, b = 1, 0, 0 at first. The source tower reads [source item; p]. No biases in towers and attentions.
 

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from cdr_dist.bilevel.lookup import perceptron_input
-from cdr_dist.bilevel.perceptron import normalised
 from cdr_dist.data import storage
 from cdr_dist.data.stream import Place
 from cdr_dist.data.truth import FILE, usefulness_by_category
@@ -40,7 +39,7 @@ def weights_by_category(session: Session) -> pl.DataFrame:
         embedded = rows_by_feature(rows, batch.train, session.features)
         given = perceptron_input(session.tables, session.features, batch.histories, embedded, False)
         score = perceptron(given)
-        weight = normalised(score, batch.source_valid, perceptron.gamma) * batch.global_rows
+        weight = perceptron.weights(score, batch.source_valid, batch.global_rows) * batch.global_rows
         kept = batch.source_valid & ((batch.source_label > 0) | (session.manifest.label == "rating"))
         category = batch.train["source_category"].values()[kept]
         seen.append(torch.stack([category.double(), weight[kept].double(), score[kept].double()]))

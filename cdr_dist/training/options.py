@@ -92,12 +92,16 @@ class UpperOptions:
     warm_up_epochs: int = 0
     """Epochs of the lower stream before the first upper update: early on, rows are noise and so is their gradient."""
     dev: str = "rotating"
-    """reordered: the train set in its own order (the paper); same_users: other training behaviours of the train batch's
+    """reordered: the train set in its own order (the paper); split: a share of it that lower updates never see (the
+    paper's split r), in the same order; same_users: other training behaviours of the train batch's
     users; rotating: the same, but behaviours that lower updates leave out for the time being."""
     rotate_epochs: int = 1
     """With dev=rotating: epochs of the lower stream after which the held-out behaviours change."""
     hold_out: float = 0.1
     """With dev=rotating: share of every user's training behaviours that is held out at a time (one is always left)."""
+    split: float = 0.05
+    """With dev=split: share of the training behaviours that are the dev set. A dev batch is picked from 1 / split times
+    as many stored rows."""
     dev_behaviours: int = 2
     """With dev=same_users or rotating: dev behaviours of the user for every row of the train batch."""
     source_draws: int = 8
@@ -124,11 +128,13 @@ class UpperOptions:
     """Largest norm of the hypergradient; 0: none."""
 
     def __post_init__(self) -> None:
-        one_of("upper.dev", self.dev, ("reordered", "same_users", "rotating"))
+        one_of("upper.dev", self.dev, ("reordered", "split", "same_users", "rotating"))
         one_of("upper.dev_head", self.dev_head, ("extra", "own"))
         one_of("upper.optimiser", self.optimiser, ("adagrad_norm", "adam", "sgd"))
         if not 0 < self.hold_out < 1:
             raise UserError(f"upper.hold_out={self.hold_out}: a share of behaviours, above 0 and below 1")
+        if not 0 < self.split < 1:
+            raise UserError(f"upper.split={self.split}: a share of behaviours, above 0 and below 1")
         at_least("upper", self, 1, "rotate_epochs", "interval", "dev_behaviours", "source_draws")
         at_least("upper", self, 0, "warm_up_epochs", "dev_batch_size", "lr", "weight_decay", "clip")
         above_zero("upper", self, "head_lr", "gamma0")

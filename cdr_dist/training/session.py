@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from cdr_dist.bilevel.optimiser import AdaGradNorm
 from cdr_dist.bilevel.perceptron import BehaviouralPerceptron
 from cdr_dist.configuration import TrainConfig
 from cdr_dist.data import storage
-from cdr_dist.data.batch import DOMAINS, Batch, BatchBuilder, HoldOut
+from cdr_dist.data.batch import DOMAINS, Batch, BatchBuilder, HoldOut, Split
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.feed import Feed
 from cdr_dist.data.lanes import lanes_of
@@ -54,8 +56,10 @@ class Session:
             folder, self.manifest, config.batch, config.seed, self.features, DOMAINS if learned else ()
         )
         upper = config.upper
-        rotating = learned and upper.dev == "rotating"
-        self.hold_out = HoldOut(config.seed, upper.hold_out, upper.rotate_epochs) if rotating else None
+        self.split = Split(config.seed, upper.split) if learned and upper.dev == "split" else None
+        self.hold_out: HoldOut | Split | None = self.split
+        if learned and upper.dev == "rotating":
+            self.hold_out = HoldOut(config.seed, upper.hold_out, upper.rotate_epochs)
         self.perceptron = self._perceptron() if learned else None
         extra = needs_head and config.upper.dev_head == "extra"
         self.dev_head = self._dense(nn.Linear(self.model.target_feature_width, 1), "dev_head") if extra else None
@@ -65,10 +69,20 @@ class Session:
         if self.perceptron is not None:
             self.optimisers["perceptron"] = self._upper_optimiser(self.perceptron)
         self.lower = self.training_feed("lower", config.batch.size)
-        self.dev = self.training_feed("dev", config.upper.dev_batch_size or config.batch.size)
+        self.dev = self.dev_feed()
         self.passes = {"lower": 0, "head": 0, "upper": 0}
 
-    def training_feed(self, name: str, size: int) -> Feed:
+    def dev_feed(self) -> Feed:
+        """The train split in another order; with upper.dev=split, of the dev set alone."""
+        size = self.config.upper.dev_batch_size or self.config.batch.size
+        split = self.split
+        if split is None:
+            return self.training_feed("dev", size)
+        rows = math.ceil(size / self.builder.expansion / split.share)
+        build = functools.partial(self._build_dev, split)
+        return self.training_feed("dev", rows * self.builder.expansion, build)
+
+    def training_feed(self, name: str, size: int, build: Callable[[Block], list[Batch]] | None = None) -> Feed:
         """A feed of the train split in the order called `name`; size: rows of the global batch, negatives included."""
         rows_per_step, rest = divmod(size, self.builder.expansion)
         if rest or not rows_per_step:
@@ -79,7 +93,7 @@ class Session:
         stream = Stream(
             reader, rows_per_step, self.config.stream, self.config.seed, name, rank=self.rank, workers=self.workers
         )
-        return Feed(stream, self._build)
+        return Feed(stream, build or self._build)
 
     def evaluation_streams(self, split: str, more: Sequence[str] = ()) -> list[Stream]:
         """One stream a lane that this worker serves, in stored order; a step is evaluation.batch_size rows of each.
@@ -112,6 +126,9 @@ class Session:
 
     def _build(self, block: Block) -> list[Batch]:
         return [b.to(self.device) for b in self.builder.train_steps(block, self.hold_out)]
+
+    def _build_dev(self, split: Split, block: Block) -> list[Batch]:
+        return [b.to(self.device) for b in self.builder.dev_steps(block, split)]
 
     def _perceptron(self) -> BehaviouralPerceptron:
         options = self.config.perceptron

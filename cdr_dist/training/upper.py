@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cdr_dist.bilevel.hypergradient import Hypergradient, hypergradient
-from cdr_dist.data.batch import Batch
+from cdr_dist.data.batch import Batch, HoldOut
 from cdr_dist.data.stream import Place
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
 from cdr_dist.models.protocol import cross_entropy
@@ -78,17 +78,20 @@ class Upper:
         s = self._session
         if s.config.upper.dev == "reordered":
             return s.dev.next().batch
+        if s.config.upper.dev == "split":
+            return s.counted(s.dev.next().batch, always=True)
         fed = s.lower.peek()
         rows = fed.batch.global_rows // s.builder.expansion
         each = s.config.upper.dev_behaviours
-        batch = s.builder.dev_of_same_users(fed.stored, fed.place.epoch, rows, s.hold_out, each)
+        rotating = s.hold_out if isinstance(s.hold_out, HoldOut) else None
+        batch = s.builder.dev_of_same_users(fed.stored, fed.place.epoch, rows, rotating, each)
         return s.counted(batch.to(s.device), always=True)
 
     def _refresh_head(self) -> None:
         """The released way: the extra head learns on the first batches of the dev stream, always the same ones."""
         s = self._session
         assert s.dev_head is not None
-        feed = s.training_feed("dev", s.config.upper.dev_batch_size or s.config.batch.size)
+        feed = s.dev_feed()
         feed.seek(Place())
         for _ in range(self._refresh):
             batch = feed.next().batch

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from cdr_dist.bilevel.lookup import perceptron_input
-from cdr_dist.bilevel.perceptron import normalised
 from cdr_dist.data.batch import Batch
 from cdr_dist.data.truth import usefulness_by_category
 
@@ -90,4 +89,4 @@ class Learned:
         with nullcontext() if flows else torch.no_grad():
             seen = perceptron_input(self._tables, self._features, batch.histories, embedded, flows)
             score = torch.cat([self._perceptron(part) for part in seen.parts(1 if flows else self._parts)])
-            return normalised(score, batch.source_valid, self._perceptron.gamma)
+            return self._perceptron.weights(score, batch.source_valid, batch.global_rows)
