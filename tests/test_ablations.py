@@ -9,7 +9,7 @@ import torch
 
 from cdr_dist.bilevel.options import PerceptronOptions
 from cdr_dist.bilevel.perceptron import BehaviouralPerceptron, PerceptronInput
-from cdr_dist.data.batch import Split
+from cdr_dist.data.hold_out import Split
 from cdr_dist.data.stored_rows import StoredRows
 from cdr_dist.data.stream import Block, Place, Rows
 from cdr_dist.embeddings.initialisation import initialise_dense

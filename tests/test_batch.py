@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from cdr_dist.bilevel.perceptron import HISTORIES
-from cdr_dist.data.batch import DOMAINS, ROW_FEATURES, BatchBuilder, HoldOut
+from cdr_dist.data.batch import DOMAINS, HISTORY_FEATURES, ROW_FEATURES, BatchBuilder
 from cdr_dist.data.dataset import read_manifest
+from cdr_dist.data.hold_out import HoldOut
 from cdr_dist.data.options import BatchOptions
 from cdr_dist.data.stored_rows import StoredRows
 from tests import datasets
@@ -187,3 +188,21 @@ def test_a_worker_without_rows_gets_one_filler(data):
     assert len(batch) == 1
     assert batch.weight.tolist() == [0]
     assert not batch.source_valid.any()
+
+
+@pytest.mark.parametrize("length", [3, 20])
+def test_a_source_behaviour_stands_in_its_history_behind_what_came_before_it(data, length):
+    manifest, options = read_manifest(data), BatchOptions(history_length=length)
+    make = BatchBuilder(data, manifest, options, 8, features=(*ROW_FEATURES, *HISTORY_FEATURES))
+    table, found = stored(data), 0
+    candidates = [of for of in table["source_candidates_item"].to_pylist() for _ in range(make.expansion)]
+    for epoch in range(3):
+        batch = make.train(StoredRows.of(table), epoch, 1)
+        histories = [of for of in lists(batch, "source") for _ in range(make.expansion)]
+        drawn = zip(column(batch, "source_item"), batch.source_before, batch.source_label, strict=True)
+        for history, own, (item, before, label) in zip(histories, candidates, drawn, strict=True):
+            assert 0 <= before <= len(history)
+            if label > 0 and item in history and own.count(item) == 1:
+                assert history[before] == item
+                found += before > 0
+    assert found > 100

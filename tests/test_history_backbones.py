@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cdr_dist.bilevel.hypergradient import hypergradient
+from cdr_dist.bilevel.lookup import ResidentRows
 from cdr_dist.bilevel.options import HypergradientOptions
 from cdr_dist.bilevel.perceptron import PerceptronInput, normalised
 from cdr_dist.configuration import from_words
@@ -18,7 +19,7 @@ from cdr_dist.models.pairs import ITEM_FEATURES, pair_scorer
 from cdr_dist.training.launch import alone
 from cdr_dist.training.session import Session
 from cdr_dist.training.worker import phases_of
-from tests.datasets import rated
+from tests.datasets import rated, sampled
 from tests.problem import history, make, modules, part_of, sharded
 from tests.processes import on_workers
 from tests.runs import same_run, summary, train, words
@@ -196,3 +197,32 @@ def test_pairs_scored_row_by_row_carry_their_histories(name):
         same = {f: items[f][column].expand(6, -1) for f in ITEM_FEATURES}
         torch.testing.assert_close(found[:, column], model({**embedded, **same}, batch).target_logit)
     assert found.std() > 0.01
+
+
+def test_a_row_counts_for_every_row_of_the_batch_whose_history_holds_it():
+    problem, model = problem_of("minet")
+    batch = with_features(part_of(problem.batches[0], 0, 1), model)
+    weight = torch.rand(len(batch), dtype=torch.float64)
+    rows = ResidentRows(batch.train, model.spec().features)
+    found = rows.counts(weight, batch.histories)
+    expected = {t: torch.zeros(60, dtype=torch.float64) for t in rows.unique}
+    for i, w in enumerate(weight):
+        for feature in ("user", "target_item", "target_category", "source_item", "source_category"):
+            expected[feature][batch.train[feature].values()[i]] += w
+        for domain, of in batch.histories.items():
+            own = of.position.split(of.lengths.tolist())[i]
+            for part in ("item", "category"):
+                for place in own:
+                    expected[f"{domain}_{part}"][getattr(of, part)[place]] += w
+    for table, ids in rows.unique.items():
+        torch.testing.assert_close(found[table], expected[table][ids])
+
+
+@both
+def test_positives_are_ranked_among_all_items_on_any_number_of_workers(name, tmp_path):
+    for workers in (1, 2):
+        more = ["recipe=joint", "evaluation.full_ks=[5]", "trainer.max_steps=12"]
+        train(words(sampled(), tmp_path / f"{workers}", *MODELS[name], *more), workers)
+    one, two = (summary(tmp_path / f"{workers}")["metrics"]["test"]["full_ndcg@5"] for workers in (1, 2))
+    assert 0 < one < 1
+    assert one == pytest.approx(two, abs=0.02)

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from cdr_dist.bilevel.conjugate_gradient import conjugate_gradient
+from cdr_dist.bilevel.hypergradient import hypergradient
 from cdr_dist.bilevel.identity import identity
 from cdr_dist.bilevel.neumann import neumann
+from cdr_dist.bilevel.options import HypergradientOptions
 from tests import reference
-from tests.problem import make
+from tests.problem import make, modules, part_of, sharded
 from tests.processes import on_workers
 from tests.test_hypergradient import SHAPE, largest_difference, one, ours_with
 
@@ -115,3 +117,26 @@ def test_more_terms_of_the_series_come_closer_to_the_inverse():
     assert away[3] < 1e-6
     same, _, _ = one(SHAPE, 7, inverse="identity", theta=["user"])
     assert largest_difference(same, one(SHAPE, 0, theta=["user"])[0]) == 0
+
+
+def passes(_rank, options):
+    problem = make(**SHAPE)
+    model, perceptron, head = modules(problem)
+    train, dev = (part_of(b, 0, 1) for b in problem.batches[:2])
+    given = HypergradientOptions(**{"theta": ["user"], **options})
+    return hypergradient(model, perceptron, head, sharded(problem), train, dev, given).passes
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"terms": 2}, 5),
+        ({"terms": 2, "precondition": "block"}, 6),
+        ({"terms": 2, "inverse": "identity"}, 3),
+        ({"terms": 2, "inverse": "conjugate_gradient", "damping": 0.5}, 5),
+        ({"terms": 99, "inverse": "conjugate_gradient", "damping": 0.5, "tolerance": 0.9}, 4),
+    ],
+    ids=str,
+)
+def test_passes_are_those_that_were_made(options, expected):
+    assert on_workers(1, passes, options) == [expected]

@@ -159,7 +159,8 @@ def refused(rank, given, poor):
 
 
 def test_on_a_cluster_its_nodes_count_and_not_this_machine(large, monkeypatch, tmp_path):
-    ray = pytest.importorskip("ray")
+    import ray
+
     given = words(rated(), tmp_path / "run", "recipe=joint", "trainer.workers=2")
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     monkeypatch.setattr(module, "free_bytes", lambda: 0)

@@ -288,7 +288,8 @@ def test_bytes_do_not_depend_on_partitions(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_two_workers_write_the_same_bytes_and_find_the_same_mistakes(tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray")
+    import ray
+
     source, target = random_log(5, 80, 900), random_log(6, 80, 900)
     try:
         _, alone = run(tmp_path / "0", source, target, partitions=3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import multiprocessing
 import os
 import time
@@ -12,7 +14,10 @@ import torch.distributed as dist
 
 from cdr_dist.embeddings import workers
 from cdr_dist.embeddings.shared_memory import SharedMemory, WorkerLostError, _Box
+from tests.datasets import rated
+from tests.problem import replaced
 from tests.processes import on_workers
+from tests.runs import same_run, train, words
 
 DTYPES = (torch.float32, torch.float64, torch.int64)
 
@@ -142,3 +147,33 @@ def test_nothing_stays_open():
         shared = SharedMemory(0, [own, _Box.found(own.place)], 1.0)
         shared.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_run_ends_with_the_same_bits_with_and_without(tmp_path):
+    for way in ("true", "false"):
+        more = ["recipe=biao", f"trainer.shared_memory={way}"]
+        train(words(rated(), tmp_path / way, *more), 2, within=functools.partial(used, way == "true"))
+    same_run(tmp_path / "true", tmp_path / "false")
+
+
+@contextlib.contextmanager
+def used(expected):
+    """Whether messages of a worker go through shared memory."""
+    calls, real = [], SharedMemory._send
+    with replaced(SharedMemory, "_send", lambda self: calls.append(1) or real(self)):
+        yield
+    assert bool(calls) == expected
+
+
+def test_a_descriptor_of_a_large_number_is_watched():
+    box = _Box.made(2)
+    process, files, token = box.place
+    taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        other = _Box.found((process, files, token))
+        assert other._process > 1023
+        assert not other.ended()
+        other.close()
+    finally:
+        for file in taken:
+            os.close(file)

@@ -137,3 +137,32 @@ def test_a_worker_may_ask_for_nothing(workers):
     for table in before:
         assert torch.allclose(after[table], before[table] - 0.1, atol=1e-5)
     assert all(rows.shape == (0, 8) for found in others for part in found for rows in part.values())
+
+
+def joined(rank):
+    specs = [TableSpec(name, 9, 4, 0.1) for name in ("a", "b")]
+    tables = ShardedTables(specs, TableOptions(width=4), seed=1, device=torch.device("cpu"))
+    whole = tables.read({name: torch.arange(9) for name in ("a", "b")})
+    one, two = torch.tensor([3, 0, 8]), torch.tensor([4, 4, 1])
+    found, other = tables.read_joined([[("a", one), ("a", two)], [("b", two[:1])]])
+    torch.testing.assert_close(found, torch.cat([whole["a"][one], whole["a"][two]], dim=1))
+    torch.testing.assert_close(other, whole["b"][two[:1]])
+    assert not whole["a"][0].any()
+    return found.tolist()
+
+
+def test_rows_are_read_side_by_side_also_of_one_table_twice():
+    (one,) = on_workers(1, joined)
+    assert on_workers(2, joined) == [one, one]
+
+
+def beyond(_rank):
+    specs = [TableSpec(name, 9, 4, 0.1) for name in ("a", "b")]
+    tables = ShardedTables(specs, TableOptions(width=4), seed=1, device=torch.device("cpu"))
+    for wrong in (-1, 10**6):
+        with pytest.raises(IndexError, match="table b"):
+            tables.read({"b": torch.tensor([wrong])})
+
+
+def test_an_id_beyond_its_table_is_named():
+    on_workers(1, beyond)

@@ -123,7 +123,7 @@ def expected(config: TrainConfig, cycle: Sequence[Update]) -> dict[str, int]:
     """
     lower = sum(update.counts for update in cycle)
     upper = len(cycle) - lower
-    k, flows = config.hypergradient.terms, upper > 0 and config.perceptron.item_gradient
+    k, flows = config.hypergradient.inverse_products, upper > 0 and config.perceptron.item_gradient
     made, rows = lower, config.batch.size
     if config.batch.accumulate > 1:
         size = -(-rows // min(config.batch.accumulate, rows))

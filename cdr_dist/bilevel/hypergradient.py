@@ -40,12 +40,14 @@ class Hypergradient:
     """phi: parameter name -> gradient, equal on all workers. norms: |v_n| of the series, n = 0 .. terms.
 
     by_behaviour [B] of this worker: d L_dev / d w_j after the lower level's reaction, negative where behaviour j helps;
-    0 where there is none; None with `item_gradient`, where weights have no part of their own.
+    0 where there is none; None with `item_gradient`, where weights have no part of their own. passes: backward passes
+    that were made: dev gradient, train gradient with graph, Hessian-vector products, and the mixed one counted once.
     """
 
     phi: dict[str, Tensor]
     norms: Tensor
     by_behaviour: Tensor | None
+    passes: int
 
 
 def hypergradient(
@@ -63,7 +65,7 @@ def hypergradient(
     start = problem.dev_gradient(dev_head, dev)
     total, norms = _inverse(problem, start, options)
     phi, by_behaviour = problem.mixed(total)
-    return Hypergradient(phi, torch.stack(norms), by_behaviour)
+    return Hypergradient(phi, torch.stack(norms), by_behaviour, problem.products + 3)
 
 
 def _inverse(
@@ -100,6 +102,7 @@ class _Problem:
     ) -> None:
         self._model, self._perceptron, self._tables, self._options = model, perceptron, tables, options
         self._dtype = next(model.parameters()).dtype
+        self.products = 0
         self._features = model.spec().features  # type: ignore[operator]
         self._exact = options.mode == "exact"
         self._rows = ResidentRows(train.train, self._features).read(tables, self._dtype)
@@ -157,6 +160,7 @@ class _Problem:
 
     def hessian_vector(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """H v summed over workers, from the kept graph."""
+        self.products += 1
         with span("Hessian-vector product"):
             product = torch.autograd.grad(
                 self._gradient, self._theta, grad_outputs=list(vector), retain_graph=True, materialize_grads=True

@@ -74,7 +74,7 @@ def perceptron_input(
 ) -> PerceptronInput:
     """Looks the histories' unique items up, without gradient, and joins them with the source item of each example."""
     wanted = [
-        {features[f"{d}_{part}"]: getattr(histories[d], part) for part in ("item", "category")} for d in HISTORIES
+        [(features[f"{d}_{part}"], getattr(histories[d], part)) for part in ("item", "category")] for d in HISTORIES
     ]
     joined = tables.read_joined(wanted)
     item = torch.cat([embedded["source_item"], embedded["source_category"]], dim=1)

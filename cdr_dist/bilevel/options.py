@@ -67,10 +67,14 @@ class HypergradientOptions:
     """none: one alpha for all; block: rows and dense layers each scaled by the inverse of their curvature."""
 
     @property
+    def inverse_products(self) -> int:
+        """Hessian-vector products on the way to the inverse (conjugate_gradient may need fewer)."""
+        return 0 if self.inverse == "identity" else self.terms
+
+    @property
     def passes(self) -> int:
-        """Backward passes of one hypergradient: dev gradient, train gradient with graph, K products, mixed."""
-        products = 0 if self.inverse == "identity" else self.terms
-        return products + 3 + (self.precondition == "block")
+        """Backward passes of one hypergradient: dev gradient, train gradient with graph, products, mixed."""
+        return self.inverse_products + 3 + (self.precondition == "block")
 
     def __post_init__(self) -> None:
         if self.terms < 0:

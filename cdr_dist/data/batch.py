@@ -21,6 +21,7 @@ from cdr_dist.data import storage
 from cdr_dist.data.dataset import PADDING, UNKNOWN, Manifest
 from cdr_dist.data.hashing import integers, key, mix, uniform
 from cdr_dist.data.histories import History
+from cdr_dist.data.hold_out import HoldOut, Split
 from cdr_dist.data.negatives import draw_negatives
 from cdr_dist.data.options import BatchOptions
 from cdr_dist.data.stored_rows import StoredRows
@@ -79,63 +80,6 @@ class Batch:
         moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
         histories = {domain: history.to(device) for domain, history in self.histories.items()}
         return Batch(**moved, histories=histories, global_rows=self.global_rows)
-
-
-@dataclass(frozen=True)
-class HoldOut:
-    """Which training behaviours are kept for the dev loss for a period of epochs; nothing is stored.
-
-    In every period a user has `share` of the training behaviours held out, drawn anew: lower updates have not been
-    fitted on them lately, and none is lost for good. A fraction of a behaviour is the probability of one more, and one
-    behaviour is always left.
-    """
-
-    seed: int
-    share: float
-    epochs: int
-
-    def held(self, stored: StoredRows, epoch: int) -> NDArray[np.bool_]:
-        """Which stored rows are held out in an epoch, [n]."""
-        own = stored.lists("target_candidates_item").lengths
-        return self.of(stored["user"], own, epoch).contains(stored["position"])
-
-    def of(self, user: NDArray, behaviours: NDArray, epoch: int) -> HeldOut:
-        """user, behaviours (the user's number of them): [n]."""
-        period = epoch // self.epochs
-        first = integers(mix(key("held_out", self.seed), user, period), np.maximum(behaviours, 1))
-        more = uniform(mix(key("hold_out", self.seed), user, period))
-        count = np.minimum((self.share * behaviours + more).astype(np.int64), behaviours - 1)
-        return HeldOut(first, np.maximum(count, 0), np.maximum(behaviours, 1))
-
-
-@dataclass(frozen=True)
-class Split:
-    """A share of the training behaviours that lower updates never see: the dev set of BIAO's `split r` (Table 3)."""
-
-    seed: int
-    share: float
-
-    def held(self, stored: StoredRows, _epoch: int) -> NDArray[np.bool_]:
-        """Which stored rows are of the dev set, [n]."""
-        return uniform(mix(key("split", self.seed), stored["example_id"])) < self.share
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Of each of [n] users: `count` behaviours from `first` on, round a list of `behaviours`."""
-
-    first: NDArray[np.int64]
-    count: NDArray[np.int64]
-    behaviours: NDArray[np.int64]
-
-    def contains(self, position: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """position [n]; -1 is a behaviour that the list does not hold."""
-        return (position >= 0) & ((position - self.first) % self.behaviours < self.count)
-
-    def one(self, bits: NDArray[np.uint64], turn: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The position of one of them each, [n]; turns 0, 1, .. below the count give different ones. Count 0: any."""
-        count = np.maximum(self.count, 1)
-        return (self.first + (integers(bits, count) + turn) % count) % self.behaviours
 
 
 class BatchBuilder:

@@ -204,7 +204,9 @@ class _Box:
 
     def ended(self) -> bool:
         assert self._process is not None
-        return bool(select.select([self._process], [], [], 0)[0])
+        poll = select.poll()  # select.select takes no descriptor above 1023
+        poll.register(self._process, select.POLLIN)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         self._words = np.empty(0, dtype=np.int64)

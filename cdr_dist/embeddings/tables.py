@@ -102,17 +102,17 @@ class ShardedTables:
         return asked.by_table(asked.spread(asked.to_askers(self._values(asked.local))))
 
     @torch.no_grad()
-    def read_joined(self, wanted: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-        """Of each mapping, table -> ids [n], the rows of its tables side by side, [n, tables x width]."""
+    def read_joined(self, wanted: Sequence[Sequence[tuple[str, Tensor]]]) -> list[Tensor]:
+        """Of each list of (table, ids [n]): the rows side by side, [n, tables x width], without gradient."""
         if world_size() == 1 and self.device.type == "cpu":
             return [self._side_by_side(ids) for ids in wanted]
         together: dict[str, list[Tensor]] = {}
         for ids in wanted:
-            for table, of in ids.items():
+            for table, of in ids:
                 together.setdefault(table, []).append(of)
         read = self.read({table: torch.cat(parts) for table, parts in together.items()})
         rows = {table: iter(read[table].split([len(of) for of in parts])) for table, parts in together.items()}
-        return [torch.cat([next(rows[table]) for table in ids], dim=1) for ids in wanted]
+        return [torch.cat([next(rows[table]) for table, _ in ids], dim=1) for ids in wanted]
 
     def rows_per_worker(self, table: str) -> int:
         """The owner of an id is worker id // rows_per_worker."""
@@ -213,8 +213,8 @@ class ShardedTables:
         sizes = [len(of) for of in ids.values()]
         if self.device.type == "cpu":
             if len(set(sizes)) == 1:
-                return SideBySide.of(self._side_by_side(ids), list(ids))
-            return {table: self._side_by_side({table: of}) for table, of in ids.items()}
+                return SideBySide.of(self._side_by_side([*ids.items()]), list(ids))
+            return {table: self._side_by_side([(table, of)]) for table, of in ids.items()}
         asked = torch.cat(list(ids.values()))
         numbers = asked.clone()
         for table, part in zip(ids, numbers.split(sizes), strict=True):
@@ -222,13 +222,17 @@ class ShardedTables:
         rows = self._stacked.index_select(0, numbers).masked_fill_((asked == 0).unsqueeze(1), 0.0)
         return dict(zip(ids, rows.split(sizes), strict=True))
 
-    def _side_by_side(self, ids: Mapping[str, Tensor]) -> Tensor:
-        """Table -> ids [n], of one worker alone on CPU -> [n, tables x width]; padding is zero."""
+    def _side_by_side(self, ids: Sequence[tuple[str, Tensor]]) -> Tensor:
+        """Tables with ids [n], of one worker alone on CPU -> [n, tables x width]; padding is zero.
+
+        IndexError: an id that the table has no row for.
+        """
         width = self._stacked.shape[1]
-        joined = torch.empty(len(next(iter(ids.values()))), len(ids) * width)
-        for column, (table, of) in enumerate(ids.items()):
-            given = (self._stacked, of, joined)
-            _read_into(*(x.numpy() for x in given), self._starts[table], column * width)
+        joined = torch.empty(len(ids[0][1]), len(ids) * width)
+        for column, (table, of) in enumerate(ids):
+            first, rows = self._starts[table], len(self._weights[table])
+            if not _read_into(*(x.numpy() for x in (self._stacked, of, joined)), first, rows, column * width):
+                raise IndexError(f"table {table}: an id beyond its {rows} rows")
         return joined
 
     def _as_one(self) -> tuple[Tensor, Tensor]:
@@ -271,16 +275,20 @@ def _bags_at_once(every: Any, firsts: Any, local: Any, offsets: Any) -> int:
 
 
 @compiled()
-def _read_into(stacked: Any, ids: Any, joined: Any, first: Any, column: Any) -> None:
-    """Row ids[i] of the table that begins at `first` -> row i of `joined` from `column` on; padding is zero."""
+def _read_into(stacked: Any, ids: Any, joined: Any, first: Any, rows: Any, column: Any) -> bool:
+    """Row ids[i] of the table of so many rows that begins at `first` -> row i of `joined` from `column` on; padding is
+    zero. False where there is no such row."""
     width = stacked.shape[1]
     for i in range(len(ids)):
+        if ids[i] < 0 or ids[i] >= rows:
+            return False
         if ids[i] == 0:
             for t in range(width):
                 joined[i, column + t] = 0
         else:
             for t in range(width):
                 joined[i, column + t] = stacked[first + ids[i], t]
+    return True
 
 
 class _FromOwners(torch.autograd.Function):

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from cdr_dist.errors import UserError
 from cdr_dist.models.pairs import ITEM_FEATURES
-from cdr_dist.models.protocol import Labels, Output, PerExampleLosses, Spec
+from cdr_dist.models.protocol import Labels, Output, Spec, TwoHeads
 
 _TARGET = {"user": "user", "target_item": "target_item", "target_category": "target_category"}
 _SOURCE = {"source_item": "source_item", "source_category": "source_category"}
 
 
-class CoNet(PerExampleLosses):
+class CoNet(TwoHeads):
     """a_t(h+1) = ReLU(W_t a_t(h) + b_t + H a_s(h)), and the same with the domains swapped (CoNet, eq. 8).
 
     One H a layer serves both directions. Input of a tower: [user; item; category], 3 x width. With `source=False`
@@ -40,13 +40,6 @@ class CoNet(PerExampleLosses):
 
     def spec(self) -> Spec:
         return Spec(_TARGET | _SOURCE if self.source else _TARGET)
-
-    def heads(self) -> tuple[str, ...]:
-        return ("target_head", "source_head")
-
-    @property
-    def target_feature_width(self) -> int:
-        return self.target_head.in_features
 
     def forward(self, embedded: Mapping[str, Tensor], batch: Labels) -> Output:
         """embedded: feature -> [B, width]."""

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from cdr_dist.data.histories import History
 from cdr_dist.errors import UserError
-from cdr_dist.models.protocol import Labels, Output, PerExampleLosses, Spec
+from cdr_dist.models.protocol import Labels, Output, Spec, TwoHeads
 
 
-class DASL(PerExampleLosses):
+class DASL(TwoHeads):
     """Dual embedding and dual attention.
 
     A domain's users have rows of their own; a head reads its user's row and the other domain's, moved by one
@@ -48,13 +48,6 @@ class DASL(PerExampleLosses):
         names = [f"{d}{of}_{part}" for d in self.domains for of in ("", "_history") for part in ("item", "category")]
         users = {"user": "user"} | ({"source_user": "source_user"} if self.source else {})
         return Spec(users | {name: name.replace("_history", "") for name in names})
-
-    def heads(self) -> tuple[str, ...]:
-        return ("target_head", "source_head")
-
-    @property
-    def target_feature_width(self) -> int:
-        return self.target_head.in_features
 
     def forward(self, embedded: Mapping[str, Tensor], batch: Labels) -> Output:
         """embedded: feature -> [B, width], of histories [U, width]."""

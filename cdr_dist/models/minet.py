@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from cdr_dist.data.histories import History
 from cdr_dist.errors import UserError
-from cdr_dist.models.protocol import Labels, Output, PerExampleLosses, Spec
+from cdr_dist.models.protocol import Labels, Output, Spec, TwoHeads
 
 _PARTS = ("item", "category")
 
 
-class MiNet(PerExampleLosses):
+class MiNet(TwoHeads):
     """Target click from long-term interest p (the user), target interest a_t and source interest a_s (MiNet, eq. 3-11).
 
     Item-level attention: a_t is the mean of the target history's items r_i by their fit to the candidate q,
@@ -56,13 +56,6 @@ class MiNet(PerExampleLosses):
         domains = ("target", "source") if self.source else ("target",)
         names = [f"{d}{of}_{part}" for d in domains for of in ("", "_history") for part in _PARTS]
         return Spec({"user": "user"} | {name: name.replace("_history", "") for name in names})
-
-    def heads(self) -> tuple[str, ...]:
-        return ("target_head", "source_head")
-
-    @property
-    def target_feature_width(self) -> int:
-        return self.target_head.in_features
 
     def forward(self, embedded: Mapping[str, Tensor], batch: Labels) -> Output:
         """embedded: feature -> [B, width], of histories [U, width]."""

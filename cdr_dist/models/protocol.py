@@ -86,3 +86,16 @@ class PerExampleLosses(torch.nn.Module):
         if output.source_logit is None:
             return target, None
         return target, cross_entropy(output.source_logit, batch.source_label)
+
+
+class TwoHeads(PerExampleLosses):
+    """With `target_head` and, where there is a source, `source_head`: the linear layers that predict."""
+
+    target_head: torch.nn.Linear
+
+    def heads(self) -> tuple[str, ...]:
+        return ("target_head", "source_head")
+
+    @property
+    def target_feature_width(self) -> int:
+        return self.target_head.in_features

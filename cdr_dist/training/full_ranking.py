@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 HELD_ROWS = 1 << 16
 """Positives of a worker that are ranked at a time: the items' rows are looked up once for all of these."""
+HELD_WITH_HISTORIES = 1 << 12
+"""The same of a backbone that reads histories, which a row's part may hold whole."""
 LOOKED_UP = 1 << 16
 """Items whose rows are looked up at a time."""
 COLUMNS, PAIRS = 1024, 2048
@@ -92,9 +94,10 @@ def _steps(session: Session, split: str) -> Iterator[Rows]:
 def _held(session: Session, scorer: PairScorer, steps: Iterator[Rows]) -> list[_Positives]:
     """The next steps' positives; of as many steps on every worker, because lookups are collective."""
     held: list[_Positives] = []
+    most = HELD_WITH_HISTORIES if any("_history_" in f for f in session.features) else HELD_ROWS
     for rows in steps:
         held.append(_positives(session, scorer, rows))
-        if len(held) * session.config.evaluation.batch_size >= HELD_ROWS:
+        if len(held) * session.config.evaluation.batch_size >= most:
             break
     return held
 

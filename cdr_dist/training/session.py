@@ -15,9 +15,10 @@ from cdr_dist.bilevel.optimiser import AdaGradNorm
 from cdr_dist.bilevel.perceptron import BehaviouralPerceptron
 from cdr_dist.configuration import TrainConfig
 from cdr_dist.data import storage
-from cdr_dist.data.batch import DOMAINS, Batch, BatchBuilder, HoldOut, Split
+from cdr_dist.data.batch import DOMAINS, Batch, BatchBuilder
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.feed import Feed
+from cdr_dist.data.hold_out import HoldOut, Split
 from cdr_dist.data.lanes import lanes_of
 from cdr_dist.data.replicas import Replicas
 from cdr_dist.data.shards import ShardReader
@@ -26,7 +27,7 @@ from cdr_dist.embeddings.initialisation import initialise_dense
 from cdr_dist.embeddings.tables import ShardedTables
 from cdr_dist.embeddings.workers import rank, sum_over_workers, world_size
 from cdr_dist.errors import UserError
-from cdr_dist.training.checks import build_model, check_dataset, check_weighable, table_specs
+from cdr_dist.training.checks import WEIGHED, build_model, check_dataset, check_weighable, table_specs
 from cdr_dist.training.dense import DenseStep
 
 _UPPER: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adagrad_norm": AdaGradNorm}
@@ -52,9 +53,8 @@ class Session:
         self.features = self.model.spec().features
         specs = table_specs(config, self.manifest, self.model)
         self.tables = ShardedTables(specs, config.tables, config.seed, self.device, memory)
-        self.builder = BatchBuilder(
-            folder, self.manifest, config.batch, config.seed, self.features, DOMAINS if learned else ()
-        )
+        read = {*self.features, *(WEIGHED if config.recipe.source else ())}  # those that weigh may ask for a category
+        self.builder = BatchBuilder(folder, self.manifest, config.batch, config.seed, read, DOMAINS if learned else ())
         upper = config.upper
         self.split = Split(config.seed, upper.split) if learned and upper.dev == "split" else None
         self.hold_out: HoldOut | Split | None = self.split

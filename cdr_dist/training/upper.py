@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from cdr_dist.bilevel.hypergradient import Hypergradient, hypergradient
-from cdr_dist.data.batch import Batch, HoldOut
+from cdr_dist.data.batch import Batch
+from cdr_dist.data.hold_out import HoldOut
 from cdr_dist.data.stream import Place
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
 from cdr_dist.models.protocol import cross_entropy
@@ -43,7 +44,7 @@ class Upper:
         train = self._train_batch()
         dev = self._dev_batch()
         found = hypergradient(s.model, self._perceptron, s.dev_head, s.tables, train, dev, options)
-        s.passes["upper"] += options.passes
+        s.passes["upper"] += found.passes
         norm = self.learn(found, train)
         norms = found.norms.tolist()
         return {
