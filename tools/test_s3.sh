@@ -100,4 +100,5 @@ AWS_SECRET_ACCESS_KEY=$(key secret_key)
 export AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY
 echo "radosgw on 127.0.0.1:$s3_port after $(python3 -c "import time; print(round(time.time() - $began, 1))") s"
 unset CEPH_CONF
-CDR_TEST_S3=http://127.0.0.1:$s3_port "${PYTHON:-.venv/bin/python}" -m pytest -q tests/test_object_store.py "$@"
+CDR_TEST_S3=http://127.0.0.1:$s3_port "${PYTHON:-.venv/bin/python}" -m pytest -q \
+    tests/test_object_store.py tests/test_object_store_jobs.py tests/test_dataset_replicas.py "$@"

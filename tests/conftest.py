@@ -1,0 +1,3 @@
+"""Fixtures that several test files ask for."""
+
+from tests.stores import folder, proxy, s3, store, undisturbed  # noqa: F401
