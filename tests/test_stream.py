@@ -127,7 +127,7 @@ def test_the_next_windows_are_read_before_they_are_needed():
             self.read_groups.append(piece.row_group)
             return super().read(piece)
 
-    reader = Recording([10] * 8)
+    reader = Recording([40] * 8)
     one = Stream(reader, 4, StreamOptions(lanes=1, window=2), 3, "lower")
     one.read(Place(0, 0))
     assert len(reader.read_groups) == 2, "who reads a step reads a window"
