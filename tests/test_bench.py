@@ -234,6 +234,7 @@ def test_a_ratio_is_worse_beyond_noise_only():
 
 def test_committed_ratios_are_medians_with_their_range():
     assert of_repeats([{("s", "c"): r} for r in (1.0, 2.0, 2.5)]) == [Committed("s", "c", 2.0, 0.75)]
+    assert Committed("s", "c", 2.0, 0.75).least == 1.0  # however noisy, half of it is a loss
 
 
 def test_the_check_says_which_ratio_is_worse_and_what_it_does_not_look_at(capsys):

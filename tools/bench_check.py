@@ -21,7 +21,8 @@ from cdr_dist.jobs import run_job
 from tools import bench
 
 RATIOS = Path(__file__).resolve().parent / "bench_ratios.json"
-REPEATS, LEAST_ALLOWED = 3, 0.1
+REPEATS, LEAST_ALLOWED, MOST_ALLOWED = 3, 0.1, 0.5
+"""Shares of a ratio that it may lose: a check that forgives all would be none."""
 NOISES = 2.0
 """The range of three repeats is about 1.7 standard deviations: twice that is hardly ever chance."""
 
@@ -56,7 +57,7 @@ class Committed:
     @property
     def least(self) -> float:
         """A lower ratio is worse beyond noise."""
-        return self.ratio * (1 - max(LEAST_ALLOWED, NOISES * self.noise))
+        return self.ratio * (1 - min(MOST_ALLOWED, max(LEAST_ALLOWED, NOISES * self.noise)))
 
 
 Case = tuple[str, str]
