@@ -13,7 +13,7 @@ import polars as pl
 
 from cdr_dist.data.dataset import checksum_of
 from cdr_dist.data.prepare import prepare
-from cdr_dist.data.prepare_options import PrepareOptions
+from cdr_dist.data.prepare_options import PrepareOptions, options_from_words
 from cdr_dist.data.synthetic import Planted, planted_logs
 from cdr_dist.data.truth import FILE
 
@@ -77,3 +77,27 @@ def _written(name: str, **options) -> Path:
 def rows_of(dataset: Path, split: str) -> pl.DataFrame:
     """Every stored row of a split."""
     return pl.read_parquet(sorted((dataset / split).glob("*.parquet")))
+
+
+@functools.cache
+def described() -> Path:
+    """`rated` with item files that name a brand and a title of some words for most items."""
+    out, raw = scratch() / "described", scratch() / "described-logs"
+    raw.mkdir()
+    logs = planted_logs(SHAPE)
+    for domain in ("source", "target"):
+        log = getattr(logs, domain)
+        log.write_parquet(raw / f"{domain}.parquet")
+        items = log.select("item_id", "category").unique("item_id").sort("item_id").with_row_index("n")
+        words = [" ".join(f"W{n * k % 7}" for k in range(1, 1 + n % 4)) for n in items["n"]]
+        brands = [f"brand {n % 5}" if n % 6 else None for n in items["n"]]
+        items = items.drop("n").with_columns(brand=pl.Series(brands, dtype=pl.String), title=pl.Series(words))
+        items.write_parquet(raw / f"{domain}_items.parquet")
+    prepare(
+        options_from_words(
+            [f"{role}={raw}/{role}.parquet" for role in ("source", "target")]
+            + [f"{role}_items={raw}/{role}_items.parquet" for role in ("source", "target")]
+            + [f"out={out}", f"rows_per_shard={USERS}", "item_columns.features=brand,title:words"]
+        )
+    )
+    return out

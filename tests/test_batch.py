@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from cdr_dist.bilevel.perceptron import HISTORIES
-from cdr_dist.data.batch import DOMAINS, HISTORY_FEATURES, ROW_FEATURES, BatchBuilder
+from cdr_dist.data.batch import BatchBuilder
 from cdr_dist.data.dataset import read_manifest
+from cdr_dist.data.feature_names import DOMAINS, HISTORY_FEATURES, ROW_FEATURES
 from cdr_dist.data.hold_out import HoldOut
 from cdr_dist.data.options import BatchOptions
 from cdr_dist.data.stored_rows import StoredRows

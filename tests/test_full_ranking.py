@@ -16,7 +16,7 @@ from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
 from cdr_dist.errors import UserError
 from cdr_dist.evaluation.metrics import ranking
 from cdr_dist.models.conet import CoNet
-from cdr_dist.models.pairs import ITEM_FEATURES, _RowByRow, pair_scorer
+from cdr_dist.models.pairs import _RowByRow, pair_scorer
 from cdr_dist.training import full_ranking as module
 from cdr_dist.training.evaluate import evaluation_rows
 from cdr_dist.training.evaluation_job import evaluation_job
@@ -25,6 +25,8 @@ from cdr_dist.training.worker import phases_of
 from tests import datasets
 from tests.problem import replaced
 from tests.processes import on_workers
+
+ITEM_FEATURES = ("target_item", "target_category")
 
 
 @pytest.mark.parametrize("hidden", [(8,), (8, 4), (16, 8, 4)])

@@ -15,7 +15,7 @@ from cdr_dist.configuration import from_words
 from cdr_dist.data.batch import _with_more
 from cdr_dist.models.dasl import DASL
 from cdr_dist.models.minet import MiNet
-from cdr_dist.models.pairs import ITEM_FEATURES, pair_scorer
+from cdr_dist.models.pairs import pair_scorer
 from cdr_dist.training.launch import alone
 from cdr_dist.training.session import Session
 from cdr_dist.training.worker import phases_of
@@ -29,6 +29,8 @@ MODELS = {
     "dasl": ["model=dasl", "model.hidden=[8]", "model.memory=8", "model.recent=4"],
 }
 both = pytest.mark.parametrize("name", list(MODELS))
+
+ITEM_FEATURES = ("target_item", "target_category")
 
 
 def small(name, width):

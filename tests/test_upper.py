@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cdr_dist.bilevel.optimiser import AdaGradNorm
-from cdr_dist.data.batch import DOMAINS, ROW_FEATURES, BatchBuilder
+from cdr_dist.data.batch import BatchBuilder
 from cdr_dist.data.dataset import read_manifest
+from cdr_dist.data.feature_names import DOMAINS, ROW_FEATURES
 from cdr_dist.data.hold_out import HoldOut
 from cdr_dist.data.options import BatchOptions
 from cdr_dist.data.stored_rows import StoredRows

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cdr_dist.bilevel.perceptron import HISTORIES, PerceptronInput
+from cdr_dist.data.feature_names import is_bag, of_history
 from cdr_dist.data.histories import History
 from cdr_dist.embeddings.features import Features, ids_by_table, rows_by_feature
 from cdr_dist.embeddings.tables import ShardedTables
@@ -52,8 +53,9 @@ class ResidentRows:
         for feature, size in zip(self._batch.keys(), self._batch.length_per_key(), strict=True):
             table = self._features.get(feature)
             if table is not None:
-                domain, _, part = feature.partition("_history_")
-                of = _by_item(histories[domain], weight) if part else weight
+                of = _by_item(histories[feature.partition("_")[0]], weight) if of_history(feature) else weight
+                if is_bag(feature):
+                    of = of.repeat_interleave(self._batch[feature].lengths().long(), output_size=size)
                 found[table].index_add_(0, self._place[table][start[table] : start[table] + size], of)
                 start[table] += size
         return found

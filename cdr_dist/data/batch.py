@@ -19,9 +19,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import PADDING, UNKNOWN, Manifest
+from cdr_dist.data.feature_names import DOMAINS, HISTORY_FEATURES, column_of, is_bag, of_history, of_target_item
 from cdr_dist.data.hashing import integers, key, mix, uniform
 from cdr_dist.data.histories import History
 from cdr_dist.data.hold_out import HoldOut, Split
+from cdr_dist.data.lists import Lists
 from cdr_dist.data.negatives import draw_negatives
 from cdr_dist.data.options import BatchOptions
 from cdr_dist.data.stored_rows import StoredRows
@@ -32,18 +34,6 @@ _EXAMPLE = ["example_id", "user", "item", "label"]
 _CANDIDATES = ["source_candidates_item", "source_candidates_label"]
 # Of the user's other training behaviours: negatives avoid the items, dev batches and the hold-out need all.
 _PEERS = ["target_candidates_item", "target_candidates_label", "position"]
-DOMAINS = ("target", "source")
-ROW_FEATURES = ("user", "target_item", "target_category", "source_item", "source_category", "source_user")
-"""Of a row of a batch; source_user is the user once more, for models with a table of their own for it."""
-HISTORY_FEATURES = tuple(f"{d}_history_{part}" for d in DOMAINS for part in ("item", "category"))
-"""Of the distinct items of the histories of a batch."""
-
-
-def vocabulary_of(feature: str) -> str:
-    """Whose ids a feature takes."""
-    return "user" if feature == "source_user" else feature.replace("_history", "")
-
-
 _COLUMNS = ("label", "source_label", "source_valid", "source_before", "weight", "user", "example")
 
 
@@ -51,9 +41,9 @@ _COLUMNS = ("label", "source_label", "source_valid", "source_before", "weight", 
 class Batch:
     """One worker's part of a global batch; B rows, of which fillers (weight 0) do not count.
 
-    train: the features whose rows train: of the rows one id each, then of the distinct items of histories, where the
-    model reads them. histories: domain -> histories, one a stored row: the B / histories rows that a stored row became
-    stand after one another and share it.
+    train: the features whose rows train: of the rows one id each, then of the distinct items of histories and bags of
+    values, where the model reads them. histories: domain -> histories, one a stored row: the B / histories rows that a
+    stored row became stand after one another and share it.
     label, source_label, weight: float32 [B]; source_valid: bool [B]; user, example: int64 [B].
     source_before: int64 [B]: how many of the row's source history came before its source behaviour (or that of which
     it is the negative), 0 unless the model reads both. example names the stored row: a positive and its negatives
@@ -97,17 +87,23 @@ class BatchBuilder:
         histories: Collection[str] = (),
     ) -> None:
         self._options, self._seed = options, seed
-        self._source = not {"source_item", "source_category", "source_user"}.isdisjoint(features)
+        self._source = any(f.startswith("source_") and not of_history(f) for f in features)
         self._source_user = "source_user" in features
         self._trained = [f for f in HISTORY_FEATURES if f in features]
-        self._histories = [d for d in DOMAINS if d in histories or any(f.startswith(d) for f in self._trained)]
-        self._before = self._source and "source_history_item" in self._trained
+        self._bags = [f for f in features if is_bag(f)]
+        read = [f for f in features if of_history(f)]
+        self._histories = [d for d in DOMAINS if d in histories or any(f.startswith(d) for f in read)]
+        self._before = self._source and any(f.startswith("source_") for f in read)
         self._peers = bool(histories)  # who weighs behaviours holds some of the user's other ones out
         self._sampled = manifest.label == "sampled"
         self._eval_negatives = manifest.eval_negatives
         self._items = {d: manifest.rows[f"{d}_item"] for d in DOMAINS}
         domains = DOMAINS if self._source or "source" in self._histories else ("target",)
         self._category = {d: item_categories(folder, manifest, d) for d in domains}
+        self._values = {
+            d: item_values(folder, manifest, d, sorted({column_of(f) for f in self._bags if f.startswith(d)}))
+            for d in DOMAINS
+        }
 
     @property
     def expansion(self) -> int:
@@ -272,7 +268,9 @@ class BatchBuilder:
 
     def target_items(self, item: NDArray[np.int64]) -> KeyedJaggedTensor:
         """The features of target items [n], without rows to which they belong."""
-        return _one_id_a_row({"target_item": item, "target_category": self._of("target", item)})
+        features = _one_id_a_row({"target_item": item, "target_category": self._of("target", item)})
+        bags = {f: self._bag(f, item) for f in self._bags if of_target_item(f)}
+        return _with_more(features, bags) if bags else features
 
     def _with_histories(self, batch: Batch, stored: StoredRows) -> Batch:
         (histories,) = self._histories_of(stored, [len(stored)])
@@ -280,13 +278,21 @@ class BatchBuilder:
 
     def _joined(self, batch: Batch, histories: dict[str, History]) -> Batch:
         batch.histories = histories
-        if self._trained:
-            more = {}
-            for feature in self._trained:
-                domain, _, part = feature.partition("_history_")
-                more[feature] = getattr(histories[domain], part)
+        more: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for feature in self._trained:
+            more[feature] = getattr(histories[feature.partition("_")[0]], column_of(feature)), None
+        for feature in self._bags:
+            domain = feature.partition("_")[0]
+            item = histories[domain].item if of_history(feature) else batch.train[f"{domain}_item"].values()
+            more[feature] = self._bag(feature, item.numpy())
+        if more:
             batch.train = _with_more(batch.train, more)
         return batch
+
+    def _bag(self, feature: str, item: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """The values of items [n] in a declared column: ids [total], int32 lengths [n]."""
+        values, lengths = self._values[feature.partition("_")[0]][column_of(feature)].of(item)
+        return torch.from_numpy(values.astype(np.int64)), torch.from_numpy(lengths.astype(np.int32))
 
     def _histories_of(self, stored: StoredRows, sizes: Sequence[int]) -> list[dict[str, History]]:
         """Of so many stored rows each; a worker without rows has one empty history."""
@@ -364,6 +370,23 @@ def item_categories(folder: str, manifest: Manifest, domain: str) -> NDArray[np.
     return found
 
 
+def item_values(folder: str, manifest: Manifest, domain: str, columns: Sequence[str]) -> dict[str, Lists]:
+    """Declared column -> the value ids of every item id of a domain; an unknown item has none."""
+    if not columns:
+        return {}
+    uri = storage.join(folder, manifest.vocab[f"{domain}_item"].path)
+    with storage.naming(uri):
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)), columns=["id", *columns])
+    rows, ids = manifest.rows[f"{domain}_item"], table.column("id").to_numpy()
+    found = {}
+    for column in columns:
+        lists = table.column(column).combine_chunks()
+        lengths = np.zeros(rows, dtype=np.int64)
+        lengths[ids] = np.diff(lists.offsets.to_numpy())  # ids ascend
+        found[column] = Lists.jagged(lists.flatten().to_numpy().astype(np.int32), lengths)
+    return found
+
+
 def _split(whole: Batch, stored: Sequence[int], global_rows: Sequence[int]) -> list[Batch]:
     """Batches of so many stored rows each, one after the other."""
     each = len(whole) // sum(stored)
@@ -397,16 +420,17 @@ def _one_id_a_row(features: Mapping[str, NDArray]) -> KeyedJaggedTensor:
     return _ones(names, torch.from_numpy(np.concatenate([features[n] for n in names]).astype(np.int64)))
 
 
-def _with_more(features: KeyedJaggedTensor, more: Mapping[str, Tensor]) -> KeyedJaggedTensor:
-    """Features of other numbers of rows behind those that a batch has."""
-    values = torch.cat([features.values(), *more.values()])
-    each = [*features.length_per_key(), *(len(ids) for ids in more.values())]
+def _with_more(features: KeyedJaggedTensor, more: Mapping[str, tuple[Tensor, Tensor | None]]) -> KeyedJaggedTensor:
+    """Features of other numbers of rows behind those that a batch has: ids and their lengths (None: one id a row)."""
+    ones = {f: torch.ones(len(ids), dtype=torch.int32) for f, (ids, _) in more.items()}
+    lengths = [ones[f] if of is None else of for f, (_, of) in more.items()]
+    each = features.length_per_key()
     return KeyedJaggedTensor(
         keys=[*features.keys(), *more],
-        values=values,
-        lengths=torch.ones(len(values), dtype=torch.int32),
-        length_per_key=each,
-        stride_per_key_per_rank=[[n] for n in each],
+        values=torch.cat([features.values(), *(ids for ids, _ in more.values())]),
+        lengths=torch.cat([features.lengths(), *lengths]),
+        length_per_key=[*each, *(len(ids) for ids, _ in more.values())],
+        stride_per_key_per_rank=[[n] for n in [*each, *map(len, lengths)]],
     )
 
 

@@ -1,11 +1,12 @@
 """The prepared dataset: its folder, its columns, its manifest.
 
     OUT/manifest.json                     written last; a folder without it is not a dataset
-    OUT/vocab/{user,source_item,target_item,source_category,target_category}.parquet
+    OUT/vocab/{user,source_item,target_item,source_category,target_category}.parquet, {source,target}_COLUMN.parquet
     OUT/{train,valid,test}/part-00000.parquet …
 
 Row ids are vocabulary ids: 0 is padding, 1 is unknown, real keys start at 2. `source` and `target` are roles, so
-a dataset of another pair of domains has the same columns; the domains' own names stand in the manifest.
+a dataset of another pair of domains has the same columns; the domains' own names stand in the manifest. Several source
+domains are one in this role: their items and categories are keyed DOMAIN:KEY, so that no two are mixed up.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pyarrow as pa
 from cdr_dist.data import storage
 from cdr_dist.errors import UserError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 PADDING, UNKNOWN, FIRST_ID = 0, 1, 2
 SPLITS = ("train", "valid", "test")
 POSITIVES = tuple(f"{split}_positives" for split in SPLITS)
@@ -76,6 +77,7 @@ PARQUET: dict[str, Any] = {
 
 VOCAB_SCHEMA = pa.schema([("id", pa.int32()), ("key", pa.string())])
 ITEM_VOCAB_SCHEMA = VOCAB_SCHEMA.append(pa.field("category", pa.int32()))
+"""And a list of value ids for each declared column."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Manifest:
     """`manifest.json`. Counts leave out the reserved ids; `rows` (table sizes) include them."""
 
     source_domain: str
+    """All sources' names, joined by +."""
     target_domain: str
     seed: int
     label: str  # "rating" (stored) or "sampled" (negatives are drawn)
@@ -105,6 +108,8 @@ class Manifest:
     unknown: dict[str, float]  # train|valid|test -> share of rows whose user or item id is unknown
     shards: dict[str, list[Shard]]
     vocab: dict[str, Shard]
+    sources: list[str] = field(default_factory=list)  # the source domains' names
+    features: dict[str, list[str]] = field(default_factory=dict)  # source|target -> declared columns of its items
     options: dict[str, Any] = field(default_factory=dict)  # of prepare, as given
     schema: int = SCHEMA_VERSION
 
@@ -141,7 +146,8 @@ def read_manifest(folder: str) -> Manifest:
                 f"{path}: damaged or edited (its checksum is that of other entries); copy it again, or {_AGAIN}"
             )
         raw["shards"] = {split: [Shard(**s) for s in raw["shards"][split]] for split in SPLITS}
-        raw["vocab"] = {name: Shard(**raw["vocab"][name]) for name in VOCABULARIES}
+        declared = [f"{domain}_{column}" for domain, columns in raw["features"].items() for column in columns]
+        raw["vocab"] = {name: Shard(**raw["vocab"][name]) for name in (*VOCABULARIES, *declared)}
         manifest = Manifest(**raw)
         _check_numbers(manifest)
         return manifest

@@ -96,6 +96,7 @@ def _write(options: GenerateOptions, folder: str) -> Manifest:
         unknown=dict.fromkeys(SPLITS, 0.0),
         shards={name: [w.shard for w in found] for name, found in written.items()},
         vocab=dict(zip(VOCABULARIES, vocab, strict=True)),
+        sources=["generated-source"],
         options=_recorded(options),
     )
     storage.write_bytes(storage.join(folder, "manifest.json"), manifest.to_json().encode())

@@ -31,15 +31,17 @@ def needed_columns(options: PrepareOptions, role: str, found: list[str], has_ite
     return dict(columns[name] for name in names)
 
 
-def read(uri: str, options: PrepareOptions, role: str, has_item_file: bool) -> Iterator[pl.DataFrame]:
+def read(uri: str, options: PrepareOptions, role: str, has_item_file: bool, prefix: str = "") -> Iterator[pl.DataFrame]:
     """The interactions (`SCHEMA`) of a file of a domain's log, in file order; duplicates are kept, each is a behaviour.
 
+    prefix: of items and categories, where several domains share a role.
     UserError: unreadable file, missing column, an empty id, a rating or timestamp that is not a number.
     """
     needed = needed_columns(options, role, table.column_names(uri), has_item_file)
     table.require_columns(uri, needed)
     for first, batch in table.first_rows(table.batches(uri, sorted(set(needed.values()))), uri):
-        yield _typed(batch, needed, options, _Place(uri, first))
+        rows = _typed(batch, needed, options, _Place(uri, first))
+        yield rows.with_columns(_prefixed(prefix, rows[name]) for name in ("item_id", "category")) if prefix else rows
 
 
 class _Place:
@@ -124,18 +126,46 @@ def check_item_file(uri: str, options: PrepareOptions, role: str) -> None:
     """UserError: missing, unreadable, not one file, or without the columns."""
     if table.files(uri) != [uri]:
         raise UserError(f"{uri}: the items of a domain stand in one file")
-    table.require_columns(uri, dict(options.columns_of(role, "item_columns").values()))
+    table.require_columns(uri, _item_columns(options, role))
 
 
-def category_of_items(uri: str, options: PrepareOptions, role: str) -> pl.DataFrame:
-    """`item_id, category` of an item file; of an item listed twice, the first line counts.
+def _item_columns(options: PrepareOptions, role: str) -> dict[str, str]:
+    """`option -> column` of a domain's item file."""
+    columns = options.columns_of(role, "item_columns")
+    features = {f"{columns['features'][0]}, {name}": name for name in options.features_of(role)}
+    return dict([columns["item"], columns["category"]]) | features
+
+
+def read_items(uri: str, options: PrepareOptions, role: str, prefix: str = "") -> pl.DataFrame:
+    """`item_id, category` of an item file, and a list of texts for each declared column; of an item listed twice, the
+    first line counts.
 
     UserError: unreadable file, an empty item id.
     """
-    item, category = (column for _, column in options.columns_of(role, "item_columns").values())
-    parts = [pl.DataFrame(schema={"item_id": pl.String, "category": pl.String})]
-    for first, batch in table.first_rows(table.batches(uri, [item, category]), uri):
+    (item, category), features = list(_item_columns(options, role).values())[:2], options.features_of(role)
+    schema: dict[str, pl.DataType | type[pl.DataType]] = {"item_id": pl.String, "category": pl.String}
+    parts = [pl.DataFrame(schema=schema | dict.fromkeys(features, pl.List(pl.String)))]
+    for first, batch in table.first_rows(table.batches(uri, sorted({item, category, *features})), uri):
         raw = pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch])))
-        ids = _ids(raw[item], "item", _Place(uri, first))
-        parts.append(pl.DataFrame({"item_id": ids, "category": _or_null(raw[category].cast(pl.String))}))
+        ids = _prefixed(prefix, _ids(raw[item], "item", _Place(uri, first)))
+        named = {"item_id": ids, "category": _prefixed(prefix, _or_null(raw[category].cast(pl.String)))}
+        values = {name: _values(raw[name], how, options.feature_values) for name, how in features.items()}
+        parts.append(pl.DataFrame(named | values))
     return pl.concat(parts).unique("item_id", keep="first", maintain_order=True)
+
+
+def _prefixed(prefix: str, texts: pl.Series) -> pl.Series:
+    """Null stays null."""
+    return pl.select((pl.lit(prefix) + pl.lit(texts)).alias(texts.name)).to_series()
+
+
+def _values(texts: pl.Series, how: str, most: int) -> pl.Series:
+    """The distinct values in every text, `most` at most, in their order: its words, its parts, or the text itself."""
+    text = pl.lit(texts.cast(pl.String).fill_null(""))
+    if how == "words":
+        parts = text.str.to_lowercase().str.extract_all(r"\w+")
+    else:
+        parts = text.str.split(how) if how else text.reshape((-1, 1)).arr.to_list()
+        parts = parts.list.eval(pl.element().str.strip_chars())
+    kept = parts.list.eval(pl.element().filter(pl.element() != "")).list.unique(maintain_order=True)
+    return pl.select(kept.list.head(most)).to_series()

@@ -22,6 +22,7 @@ class Log:
     uri: str
     role: str
     has_item_file: bool
+    prefix: str  # of its items and categories
     partitions: int
     scratch: str  # the folder of this file's spill files
     options: PrepareOptions
@@ -42,7 +43,7 @@ def scatter(log: Log) -> list[str]:
 
 def _pieces(log: Log) -> Iterator[pl.DataFrame]:
     pending: list[pl.DataFrame] = []
-    for batch in interactions.read(log.uri, log.options, log.role, log.has_item_file):
+    for batch in interactions.read(log.uri, log.options, log.role, log.has_item_file, log.prefix):
         pending.append(batch)
         if sum(b.height for b in pending) >= SPILL_ROWS:
             yield pl.concat(pending)

@@ -48,10 +48,19 @@ COMPRESSION = 4
 class Inputs:
     """What the options name, found and measured."""
 
-    files: dict[str, list[str]]  # role -> files of the log
+    domains: dict[str, list[Domain]]  # role -> one domain, or several sources
     bytes: dict[str, int]  # role -> of all its files
-    domains: dict[str, str]
     partitions: int
+
+
+@dataclass(frozen=True)
+class Domain:
+    """prefix: of its items' and categories' keys, where several domains share a role."""
+
+    name: str
+    files: list[str]
+    item_file: str
+    prefix: str
 
 
 def check(options: PrepareOptions) -> Manifest | None:
@@ -92,21 +101,40 @@ def prepare(options: PrepareOptions) -> Manifest:
 
 def _inputs(options: PrepareOptions) -> Inputs:
     storage.use(options.storage.options)
-    files = {role: table.files(getattr(options, role)) for role in ("source", "target")}
-    domains = {role: getattr(options, f"{role}_domain") or table.domain_name(getattr(options, role)) for role in files}
-    if domains["source"] == domains["target"]:
-        raise UserError(f"both domains are named {domains['source']}: give source_domain= or target_domain=")
-    for role, uris in files.items():
-        item_file = getattr(options, f"{role}_items")
-        for uri in uris:
-            needed = interactions.needed_columns(options, role, table.column_names(uri), bool(item_file))
-            table.require_columns(uri, needed)
-        if item_file:
-            interactions.check_item_file(item_file, options, role)
+    domains = {role: _domains(options, role) for role in ("source", "target")}
+    names = [domain.name for of_role in domains.values() for domain in of_role]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"both domains are named {twice[0]}: give source_domain= or target_domain=")
+    for role, of_role in domains.items():
+        for domain in of_role:
+            for uri in domain.files:
+                needed = interactions.needed_columns(options, role, table.column_names(uri), bool(domain.item_file))
+                table.require_columns(uri, needed)
+            if domain.item_file:
+                interactions.check_item_file(domain.item_file, options, role)
+    files = {role: [uri for domain in of_role for uri in domain.files] for role, of_role in domains.items()}
     sizes = {uri: storage.size(uri) for uris in files.values() for uri in uris}
     text = sum(size if uri.endswith(tuple(table.SEPARATORS)) else COMPRESSION * size for uri, size in sizes.items())
     count = options.partitions or min(MOST_PARTITIONS, -(-text // PARTITION_BYTES))
-    return Inputs(files, {role: sum(sizes[u] for u in uris) for role, uris in files.items()}, domains, max(1, count))
+    return Inputs(domains, {role: sum(sizes[u] for u in uris) for role, uris in files.items()}, max(1, count))
+
+
+def _domains(options: PrepareOptions, role: str) -> list[Domain]:
+    """The domains of a role. UserError: other numbers of logs and of names or item files; a name with a colon."""
+    logs = getattr(options, role).split(",") if role == "source" else [getattr(options, role)]
+    given = {}
+    for option in ("items", "domain"):
+        text = getattr(options, f"{role}_{option}")
+        given[option] = text.split(",") if text and len(logs) > 1 else [text] * len(logs)
+        if len(given[option]) != len(logs):
+            raise UserError(f"{role}_{option}={text}: {len(given[option])} for {len(logs)} logs of {role}=")
+    found = []
+    for log, items, own_name in zip(logs, given["items"], given["domain"], strict=True):
+        name = own_name or table.domain_name(log)
+        if len(logs) > 1 and ":" in name:
+            raise UserError(f"{role}_domain={name}: with several sources, a name has no colon")
+        found.append(Domain(name, table.files(log), items, f"{name}:" if len(logs) > 1 else ""))
+    return found
 
 
 def _recorded(options: PrepareOptions, inputs: Inputs) -> dict[str, Any]:
@@ -178,7 +206,7 @@ def _prepare(options: PrepareOptions, inputs: Inputs, work: str) -> Manifest:
         counted = run_tasks(partitions.order, parts, options.workers)
         _check_counts(options, counted)
     with _stage("numbered"):
-        users, items = _number(options, parts)
+        users, items = _number(options, inputs, parts)
     with _stage("built the examples"):
         builds, buckets = _builds(parts, counted, users, items, work)
         built = run_tasks(examples.build, builds, options.workers)
@@ -203,16 +231,18 @@ def _scatter(options: PrepareOptions, inputs: Inputs, work: str) -> list[Partiti
         partitions.Log(
             uri,
             role,
-            bool(getattr(options, f"{role}_items")),
+            bool(domain.item_file),
+            domain.prefix,
             inputs.partitions,
-            storage.join(work, "interactions", role, f"{number:05d}"),
+            storage.join(work, "interactions", role, f"{domain.prefix.rstrip(':')}{number:05d}"),
             options,
         )
-        for role, uris in inputs.files.items()
-        for number, uri in enumerate(uris)
+        for role, domains in inputs.domains.items()
+        for domain in domains
+        for number, uri in enumerate(domain.files)
     ]
     scattered = run_tasks(partitions.scatter, logs, options.workers)
-    n_source = len(inputs.files["source"])
+    n_source = sum(log.role == "source" for log in logs)
     source, target = (list(chain.from_iterable(part)) for part in (scattered[:n_source], scattered[n_source:]))
     ordered = storage.join(work, "ordered")
     return [Partition(number, source, target, ordered, options) for number in range(inputs.partitions)]
@@ -240,13 +270,13 @@ def _sum(lists: list[list[int]]) -> list[int]:
     return [sum(column) for column in zip(*lists, strict=True)]
 
 
-def _number(options: PrepareOptions, parts: list[Partition]) -> tuple[pl.DataFrame, dict[str, Items]]:
+def _number(options: PrepareOptions, inputs: Inputs, parts: list[Partition]) -> tuple[pl.DataFrame, dict[str, Items]]:
     train_only = options.vocab == "train"
     items = {}
-    for role in ("source", "target"):
-        uri = getattr(options, f"{role}_items")
-        categories = interactions.category_of_items(uri, options, role) if uri else None
-        items[role] = vocabularies.merge_items(parts, role, categories, train_only)
+    for role, domains in inputs.domains.items():
+        files = [interactions.read_items(d.item_file, options, role, d.prefix) for d in domains if d.item_file]
+        described = pl.concat(files) if files else None
+        items[role] = vocabularies.merge_items(parts, role, described, train_only, options.feature_items)
     return vocabularies.merge_users(parts, train_only), items
 
 
@@ -281,11 +311,16 @@ def _write_shards(
 
 
 def _write_vocabularies(folder: str, users: pl.DataFrame, items: dict[str, Items]) -> dict[str, Shard]:
-    rows = {"user": (users.filter(pl.col("id") >= FIRST_ID), "user_id")}
+    def write(name: str, *rows: Any) -> None:
+        found[name] = vocabularies.write_vocabulary(folder, name, *rows)
+
+    found: dict[str, Shard] = {}
+    write("user", users.filter(pl.col("id") >= FIRST_ID), "user_id")
     for role, of_role in items.items():
-        rows[f"{role}_item"] = (of_role.known, "item_id")
-        rows[f"{role}_category"] = (of_role.categories, "key")
-    return {name: vocabularies.write_vocabulary(folder, name, kept, key) for name, (kept, key) in rows.items()}
+        write(f"{role}_item", of_role.known, "item_id", of_role.values)
+        for column, values in (of_role.values | {"category": of_role.categories}).items():
+            write(f"{role}_{column}", values, "key")
+    return found
 
 
 def _manifest(
@@ -303,8 +338,8 @@ def _manifest(
 
     user, item = shares("unseen_user"), shares("unseen_item")
     return Manifest(
-        source_domain=inputs.domains["source"],
-        target_domain=inputs.domains["target"],
+        source_domain="+".join(domain.name for domain in inputs.domains["source"]),
+        target_domain=inputs.domains["target"][0].name,
         seed=options.seed,
         label=options.labels,
         eval_negatives=options.stored_negatives,
@@ -315,12 +350,14 @@ def _manifest(
             "source_behaviours": sum(c.source_behaviours for c in counted),
             "target_items": vocab["target_item"].rows,
             "target_behaviours": sum(c.target_behaviours for c in counted),
-            **{f"{role}_log_users": sum(getattr(c, f"{role}_log_users") for c in counted) for role in inputs.files},
+            **{f"{role}_log_users": sum(getattr(c, f"{role}_log_users") for c in counted) for role in inputs.domains},
             **dict(zip(POSITIVES, _sum([c.positives for c in counted]), strict=True)),
         },
         unseen={split: {"user": user[i], "item": item[i]} for i, split in enumerate(SPLITS) if split != "train"},
         unknown=dict(zip(SPLITS, shares("unknown"), strict=True)),
         shards=written,
         vocab=vocab,
+        sources=[domain.name for domain in inputs.domains["source"]],
+        features={role: list(options.features_of(role)) for role in inputs.domains},
         options=_recorded(options, inputs),
     )

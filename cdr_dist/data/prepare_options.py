@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from cdr_dist.data.feature_names import can_be_declared
 from cdr_dist.data.options import StorageOptions
 from cdr_dist.data.words import check, described, fields_of, option, values_of
 from cdr_dist.errors import UserError, nearest
@@ -43,6 +44,9 @@ class ItemColumns:
 
     item: str = option("item_id", "item file: column of the item's id")
     category: str = option("category", "item file: column of the category")
+    features: str = option(
+        "", "item file: columns that models may read, as brand,title:words,tags:| with how values part"
+    )
 
 
 @dataclass(frozen=True)
@@ -62,20 +66,22 @@ class Storage:
 class PrepareOptions:
     """What to prepare and how. UserError on a value that is out of range or contradicts another."""
 
-    source: str = option("", "log of the source domain: a file, a folder or a pattern; local or a URI")
+    source: str = option(
+        "", "log of the source domain: a file, folder, pattern or URI; with commas: of several domains"
+    )
     target: str = option("", "log of the target domain")
     out: str = option("", "folder of the dataset, local or a URI; must not hold anything else")
     format: str = option("table", "format of the logs; table: csv, tsv (.gz as well) or Parquet")
-    source_items: str = option("", "file of the source items' categories")
+    source_items: str = option("", "file of the source items' categories; with commas: a file a domain")
     target_items: str = option("", "file of the target items' categories")
-    source_domain: str = option("", "name of the source domain; empty: the log's file name")
+    source_domain: str = option("", "name of the source domain, or names with commas; empty: the log's file name")
     target_domain: str = option("", "name of the target domain; empty: the log's file name")
     columns: Columns = field(default_factory=Columns)
     item_columns: ItemColumns = field(default_factory=ItemColumns)
     source_columns: Columns = field(default_factory=lambda: Columns(*[""] * 5))
     target_columns: Columns = field(default_factory=lambda: Columns(*[""] * 5))
-    source_item_columns: ItemColumns = field(default_factory=lambda: ItemColumns(*[""] * 2))
-    target_item_columns: ItemColumns = field(default_factory=lambda: ItemColumns(*[""] * 2))
+    source_item_columns: ItemColumns = field(default_factory=lambda: ItemColumns(*[""] * 3))
+    target_item_columns: ItemColumns = field(default_factory=lambda: ItemColumns(*[""] * 3))
     labels: str = option("rating", "rating: label 1 where rating > threshold; sampled: all 1, negatives drawn")
     threshold: float = option(3.0, "ratings above it are positive (labels=rating)")
     eval_negatives: int = option(1, "negatives stored with a validation or test row (labels=sampled)")
@@ -87,6 +93,8 @@ class PrepareOptions:
     history: str = option("past", "past: positives before each behaviour; train: all training positives")
     history_length: int = option(50, "longest stored history, the most recent kept")
     candidates: int = option(100, "most source candidates of a user, by seeded sample")
+    feature_items: int = option(2, "least items that share a value of item_columns.features; rarer ones are unknown")
+    feature_values: int = option(20, "most values of one item in a column of item_columns.features")
     seed: int = option(8, "seed of every draw")
     workers: int = option(0, "0: in this process; N: N Ray tasks at a time")
     partitions: int = option(0, "user partitions; 0: by the input's size. Memory is bounded by one")
@@ -103,6 +111,8 @@ class PrepareOptions:
             ("eval_negatives", 1),
             ("history_length", 1),
             ("candidates", 1),
+            ("feature_items", 1),
+            ("feature_values", 1),
             ("workers", 0),
             ("partitions", 0),
             ("rows_per_shard", 1),
@@ -111,6 +121,8 @@ class PrepareOptions:
             check(value >= least, f"{name}={value}: must be {least} or more")
         check(math.isfinite(self.threshold), f"threshold={self.threshold}: must be a finite number")
         self._check_times()
+        for role in ("source", "target"):
+            self.features_of(role)
         _ = self.storage.options  # checks them
 
     def _check_times(self) -> None:
@@ -126,6 +138,22 @@ class PrepareOptions:
     def stored_negatives(self) -> int:
         """Negatives of each validation and test row."""
         return self.eval_negatives if self.labels == "sampled" else 0
+
+    def features_of(self, role: str) -> dict[str, str]:
+        """Declared columns of a domain's item file -> what makes values of a text: "" (it is one), words, or what parts
+        them.
+
+        UserError: a name that cannot be a feature's, one twice, no item file.
+        """
+        option, text = self.columns_of(role, "item_columns")["features"]
+        found: dict[str, str] = {}
+        for word in filter(None, text.split(",")):
+            name, _, how = word.partition(":")
+            check(can_be_declared(name), f"{option}={text}: '{name}' cannot be a feature's name")
+            check(name not in found, f"{option}={text}: names {name} twice")
+            found[name] = how
+        check(not found or bool(getattr(self, f"{role}_items")), f"{option}={text}: needs {role}_items=")
+        return found
 
     def columns_of(self, role: str, group: str = "columns") -> dict[str, tuple[str, str]]:
         """Of a domain's log (or its item file, group="item_columns"): name -> (option that says so, column)."""

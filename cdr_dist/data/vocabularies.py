@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import polars as pl
@@ -14,6 +14,7 @@ from cdr_dist.crash_points import durable
 from cdr_dist.data import partitions, spill, storage
 from cdr_dist.data.dataset import FIRST_ID, ITEM_VOCAB_SCHEMA, UNKNOWN, VOCAB_SCHEMA, Shard
 from cdr_dist.data.partitions import Partition
+from cdr_dist.data.prepare_options import PrepareOptions
 
 OTHERS = "others"
 """The category of an item for which none is known."""
@@ -21,34 +22,71 @@ OTHERS = "others"
 
 @dataclass(frozen=True)
 class Items:
-    """One domain's items. `items`: item_id, known (may training see it), category, id, category_id; by item_id."""
+    """One domain's items.
+
+    items: item_id, known (may training see it), category, id, category_id and a list of value ids for each declared
+    column; by item_id.
+    """
 
     items: pl.DataFrame
     categories: pl.DataFrame  # key, id
+    values: dict[str, pl.DataFrame]  # declared column -> key, id
 
     @property
     def known(self) -> pl.DataFrame:
         return self.items.filter(pl.col("id") >= FIRST_ID)
 
 
-def merge_items(parts: Sequence[Partition], domain: str, categories: pl.DataFrame | None, train_only: bool) -> Items:
-    """The items of a domain over all partitions; in memory stay the distinct items and one partition."""
+def merge_items(
+    parts: Sequence[Partition], domain: str, described: pl.DataFrame | None, train_only: bool, least: int
+) -> Items:
+    """The items of a domain over all partitions; in memory stay the distinct items and one partition.
+
+    described: what item files say of items (`interactions.read_items`). least: items that share a value.
+    """
     merged, pending = _merge_items([]), []
     for part in parts:
         pending.append(partitions.read_ordered(part, f"{domain}_items"))
         if sum(p.height for p in pending) > merged.height:  # so that the work stays linear
             merged, pending = _merge_items([merged, *pending]), []
     merged = _merge_items([merged, *pending]).sort("item_id")
-    if categories is not None:
-        merged = merged.drop("category").join(categories, on="item_id", how="left", maintain_order="left")
-    merged = merged.with_columns(pl.col("category").fill_null(OTHERS))
+    if described is not None:
+        merged = merged.join(described, on="item_id", how="left", maintain_order="left", suffix="_described")
+        merged = merged.with_columns(pl.coalesce("category_described", "category").alias("category"))
+    merged = merged.with_columns(pl.col("category").fill_null(_others(parts[0].options, domain)))
     merged = number(merged, "item_id", train_only)
     kept = merged.filter(pl.col("id") >= FIRST_ID).select(key="category").unique().sort("key")
     kept = kept.with_columns(id=pl.int_range(FIRST_ID, FIRST_ID + pl.len(), dtype=pl.Int32))
     named = merged.join(kept.rename({"key": "category", "id": "category_id"}), on="category", how="left")
     unknown = pl.col("id") == UNKNOWN
     category_id = pl.when(unknown).then(UNKNOWN).otherwise("category_id").cast(pl.Int32)
-    return Items(named.with_columns(category_id=category_id).sort("item_id"), kept)
+    named = named.with_columns(category_id=category_id).sort("item_id")
+    values = {}
+    for column in parts[0].options.features_of(domain):
+        values[column] = _number_values(named.filter(~unknown)[column], least)
+        named = named.with_columns(_value_ids(named[column], values[column]))
+    return Items(named, kept, values)
+
+
+def _others(options: PrepareOptions, domain: str) -> pl.Expr:
+    """The category of an item without one: of its own domain's items, where several share the role."""
+    several = domain == "source" and "," in options.source
+    own = pl.col("item_id").str.extract(r"^([^:]*:)") if several else pl.lit("")
+    return own + OTHERS
+
+
+def _number_values(lists: pl.Series, least: int) -> pl.DataFrame:
+    """key, id of the values that at least so many items have."""
+    counted = lists.explode().drop_nulls().alias("key").value_counts(name="items")
+    kept = counted.filter(pl.col("items") >= least).select("key").sort("key")
+    return kept.with_columns(id=pl.int_range(FIRST_ID, FIRST_ID + pl.len(), dtype=pl.Int32))
+
+
+def _value_ids(lists: pl.Series, values: pl.DataFrame) -> pl.Series:
+    """Each item's ids in the order of its values; what has none is unknown, once."""
+    ids = pl.element().replace_strict(values["key"], values["id"], default=UNKNOWN, return_dtype=pl.Int32)
+    found = lists.fill_null(pl.lit([], dtype=lists.dtype)).list.eval(ids)
+    return found.list.unique(maintain_order=True).alias(lists.name)
 
 
 def _merge_items(tables: list[pl.DataFrame]) -> pl.DataFrame:
@@ -81,12 +119,17 @@ def spill_users(uri: str, users: pl.DataFrame, buckets: int) -> str:
     return spill.write(uri, columns, users["partition"].to_numpy(), buckets)
 
 
-def write_vocabulary(folder: str, name: str, rows: pl.DataFrame, key: str) -> Shard:
-    """Writes `vocab/NAME.parquet`: the real keys only; ids 0 (padding) and 1 (unknown) have no row."""
-    schema = ITEM_VOCAB_SCHEMA if name.endswith("_item") else VOCAB_SCHEMA
-    columns = {"id": rows["id"], "key": rows[key]}
-    if schema is ITEM_VOCAB_SCHEMA:
-        columns["category"] = rows["category_id"]
+def write_vocabulary(folder: str, name: str, rows: pl.DataFrame, key: str, features: Iterable[str] = ()) -> Shard:
+    """Writes `vocab/NAME.parquet`: the real keys only; ids 0 (padding) and 1 (unknown) have no row.
+
+    features: declared columns, of items.
+    """
+    schema, columns = VOCAB_SCHEMA, {"id": rows["id"], "key": rows[key]}
+    if key == "item_id":
+        columns |= {"category": rows["category_id"]} | {column: rows[column] for column in features}
+        schema = ITEM_VOCAB_SCHEMA
+        for column in features:
+            schema = schema.append(pa.field(column, pa.list_(pa.int32())))
     table = pl.DataFrame(columns).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(schema)
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", row_group_size=1 << 20)

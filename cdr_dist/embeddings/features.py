@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from cdr_dist.data.feature_names import is_bag
+
 Features = Mapping[str, str]
 
 
@@ -41,9 +43,11 @@ def ids_by_table(batch: KeyedJaggedTensor, features: Features) -> dict[str, Tens
 
 
 def rows_by_feature(rows: Mapping[str, Tensor], batch: KeyedJaggedTensor, features: Features) -> dict[str, Tensor]:
-    """Cuts each table's rows [n, width] into its features' rows, the inverse of `ids_by_table`."""
+    """Cuts each table's rows [n, width] into its features' rows, the inverse of `ids_by_table`; bags are summed."""
     feature = {features[name]: name for name in batch.keys() if name in features}
-    if isinstance(rows, SideBySide) and len(feature) == len([name for name in batch.keys() if name in features]):
+    bags = [name for name in batch.keys() if name in features and is_bag(name)]
+    one_each = len(feature) == len([name for name in batch.keys() if name in features])
+    if isinstance(rows, SideBySide) and one_each and not bags:
         return SideBySide(((feature[table], of) for table, of in rows.items()), rows.whole)
     out: dict[str, Tensor] = {}
     place = dict.fromkeys(rows, 0)
@@ -53,4 +57,12 @@ def rows_by_feature(rows: Mapping[str, Tensor], batch: KeyedJaggedTensor, featur
             whole = size == len(rows[table])
             out[name] = rows[table] if whole else rows[table][place[table] : place[table] + size]
             place[table] += size
+    for name in bags:
+        out[name] = _summed(out[name], batch[name].lengths())
     return out
+
+
+def _summed(rows: Tensor, lengths: Tensor) -> Tensor:
+    """Rows [total, width] of bags of so many [n] -> the sum of each, [n, width]; an empty one's is zero."""
+    of = torch.arange(len(lengths), device=rows.device).repeat_interleave(lengths.long(), output_size=len(rows))
+    return rows.new_zeros(len(lengths), rows.shape[1]).index_add(0, of, rows)

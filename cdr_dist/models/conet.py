@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from cdr_dist.errors import UserError
-from cdr_dist.models.pairs import ITEM_FEATURES
 from cdr_dist.models.protocol import Labels, Output, Spec, TwoHeads
 
 _TARGET = {"user": "user", "target_item": "target_item", "target_category": "target_category"}
@@ -90,7 +89,7 @@ class _Pairs:
         width = _parameters(model.target_tower)[0][0].shape[1] // len(_TARGET)
         (first, self._bias), *layers = model._layers(width)
         of = dict(zip(names, first.split(width, dim=1), strict=True))
-        self._of_item = {f: of.pop(f) for f in ITEM_FEATURES}
+        self._of_item = {f: of.pop(f) for f in ("target_item", "target_category")}
         self._of_row = of
         k = model.target_head.in_features
         if layers:  # of the last layer only the target's half is wanted

@@ -12,8 +12,6 @@ from cdr_dist.data.histories import History
 from cdr_dist.errors import UserError
 from cdr_dist.models.protocol import Labels, Output, Spec, TwoHeads
 
-_PARTS = ("item", "category")
-
 
 class MiNet(TwoHeads):
     """Target click from long-term interest p (the user), target interest a_t and source interest a_s (MiNet, eq. 3-11).
@@ -24,8 +22,10 @@ class MiNet(TwoHeads):
     Interest-level attention: p, a_t and a_s enter the target tower times exp(h . ReLU(W [q; p; a_t; a_s]) + b), not
     normalised, b = 1, 0, 0 at first. The source tower reads [source item; p]. No biases in towers and attentions.
 
-    An item is its id and category, so q and r have 2 x width. `source=False` (-S): no source history, no a_s, no source
-    loss. Softmax runs over real positions alone (the released code counts padding); an empty history's interest is 0.
+    An item is its id, its category and declared columns of the item files (`features`: brand, title words, …; the
+    values of each are summed), so q and r have (2 + features) x width. `source=False` (-S): no source history, no a_s,
+    no source loss. Softmax runs over real positions alone (the released code counts padding); an empty history's
+    interest is 0.
     """
 
     def __init__(
@@ -34,12 +34,14 @@ class MiNet(TwoHeads):
         hidden: Sequence[int] = (256, 128),
         attention: int = 64,
         rank: int = 10,
+        features: Sequence[str] = (),
         source: bool = True,
     ) -> None:
         super().__init__()
         if not hidden or min(attention, rank) < 1:
             raise UserError("model.hidden: at least one layer is needed; model.attention and model.rank: at least 1")
-        item, self.source = len(_PARTS) * width, source
+        self.source, self._parts = source, ("item", "category", *features)
+        item = len(self._parts) * width
         self.target_attention = _ItemAttention(item, width, attention, None)
         interests = {"user": width, "target": item}
         if source:
@@ -54,24 +56,28 @@ class MiNet(TwoHeads):
 
     def spec(self) -> Spec:
         domains = ("target", "source") if self.source else ("target",)
-        names = [f"{d}{of}_{part}" for d in domains for of in ("", "_history") for part in _PARTS]
+        names = [f"{d}{of}_{part}" for d in domains for of in ("", "_history") for part in self._parts]
         return Spec({"user": "user"} | {name: name.replace("_history", "") for name in names})
 
     def forward(self, embedded: Mapping[str, Tensor], batch: Labels) -> Output:
         """embedded: feature -> [B, width], of histories [U, width]."""
-        user, candidate = embedded["user"], _items(embedded, "target")
+        user, candidate = embedded["user"], self._items(embedded, "target")
         found = {"user": user}
         for domain in ("target", "source") if self.source else ("target",):
             attention = getattr(self, f"{domain}_attention")
-            found[domain] = attention(_items(embedded, f"{domain}_history"), batch.histories[domain], candidate, user)
+            items = self._items(embedded, f"{domain}_history")
+            found[domain] = attention(items, batch.histories[domain], candidate, user)
         seen = torch.cat([candidate, *found.values()], dim=1)
         weighed = [self.interest[name](seen) * of for name, of in found.items()]
         features = self.target_tower(torch.cat([candidate, *weighed], dim=1))
         logit = self.target_head(features).squeeze(1)
         if not self.source:
             return Output(logit, None, features)
-        source = self.source_tower(torch.cat([_items(embedded, "source"), user], dim=1))
+        source = self.source_tower(torch.cat([self._items(embedded, "source"), user], dim=1))
         return Output(logit, self.source_head(source).squeeze(1), features)
+
+    def _items(self, embedded: Mapping[str, Tensor], name: str) -> Tensor:
+        return torch.cat([embedded[f"{name}_{part}"] for part in self._parts], dim=1)
 
     def initial_values(self) -> dict[str, Tensor]:
         """Heads at zero: the first losses are ln 2, and no large first step kills a tower. Interests enter with exactly
@@ -132,10 +138,6 @@ def _softmax(score: Tensor, real: Tensor) -> Tensor:
     """Over the last dimension, of real positions; zeros where there is none."""
     share = score.masked_fill(~real, torch.finfo(score.dtype).min).softmax(-1)
     return share * real
-
-
-def _items(embedded: Mapping[str, Tensor], name: str) -> Tensor:
-    return torch.cat([embedded[f"{name}_{part}"] for part in _PARTS], dim=1)
 
 
 def _tower(width: int, hidden: Sequence[int]) -> tuple[nn.Sequential, nn.Linear]:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cdr_dist.data.feature_names import of_history, of_target_item
 from cdr_dist.data.histories import History
 from cdr_dist.models.protocol import Backbone, Labels
-
-ITEM_FEATURES = ("target_item", "target_category")
 
 
 class PairScorer(Protocol):
@@ -27,7 +26,7 @@ class PairScorer(Protocol):
         ...
 
     def item_part(self, embedded: Mapping[str, Tensor]) -> Tensor:
-        """ITEM_FEATURES [I, width] -> [I, q]."""
+        """Features of the target items (`feature_names.of_target_item`) [I, width] -> [I, q]."""
         ...
 
     def logits(self, rows: Tensor, items: Tensor) -> Tensor:
@@ -54,9 +53,9 @@ class _RowByRow:
     def __init__(self, model: Backbone) -> None:
         self._model = model
         features = list(model.spec().features)
-        self._of_item = [f for f in features if f in ITEM_FEATURES]
-        self._of_row = [f for f in features if f not in ITEM_FEATURES and "_history_" not in f]
-        self._of_history = [f for f in features if "_history_" in f]
+        self._of_item = [f for f in features if of_target_item(f)]
+        self._of_row = [f for f in features if not of_target_item(f) and not of_history(f)]
+        self._of_history = [f for f in features if of_history(f)]
         self._domains = list(dict.fromkeys(f.partition("_")[0] for f in self._of_history))
 
     def row_part(self, embedded: Mapping[str, Tensor], batch: Labels) -> Tensor:

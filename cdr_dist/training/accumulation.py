@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cdr_dist.data.batch import ROW_FEATURES, Batch
+from cdr_dist.data.batch import Batch
+from cdr_dist.data.feature_names import of_history
 from cdr_dist.data.histories import History
 from cdr_dist.embeddings.features import Features, rows_by_feature
 
@@ -44,9 +45,9 @@ def backward_in_parts(
 
     rows: of each table, as looked up for the batch's training features. losses(embedded, part, weights) -> scalars.
     """
-    values = rows_by_feature({t: r.detach() for t, r in rows.items()}, batch.train, features)
-    gradients = {t: torch.zeros_like(r) for t, r in rows.items()}
-    into = rows_by_feature(gradients, batch.train, features)
+    given = {t: r.detach().requires_grad_() for t, r in rows.items()}
+    values = rows_by_feature(given, batch.train, features)
+    into = {f: torch.zeros_like(v) for f, v in values.items()}
     whole = {f: v.detach().requires_grad_() for f, v in values.items()}
     weighed = weights(whole)
     flows = weighed is not None and weighed.requires_grad
@@ -56,7 +57,7 @@ def backward_in_parts(
     for start, stop in _bounds(len(batch) // copies, parts):
         some = slice(start * copies, stop * copies)
         # The rows of histories are those of the whole batch: which of them a part uses is not worth finding out.
-        of_rows = {f: some if f in ROW_FEATURES else slice(None) for f in values}
+        of_rows = {f: slice(None) if of_history(f) else some for f in values}
         leaves = {f: v[of_rows[f]].detach().requires_grad_() for f, v in values.items()}
         histories = {domain: of.some(start, stop) for domain, of in batch.histories.items()}
         part = Part(
@@ -74,7 +75,10 @@ def backward_in_parts(
         for f, gradient in zip(whole, back, strict=True):
             if gradient is not None:
                 into[f] += gradient
-    torch.autograd.backward(list(rows.values()), list(gradients.values()))
+    gradients = torch.autograd.grad(
+        list(values.values()), list(given.values()), list(into.values()), materialize_grads=True
+    )
+    torch.autograd.backward(list(rows.values()), list(gradients))
     return sums
 
 

@@ -10,8 +10,7 @@ from hydra.utils import instantiate
 
 from cdr_dist.bilevel.options import ALL_TABLES, DENSE
 from cdr_dist.configuration import TrainConfig
-from cdr_dist.data import storage
-from cdr_dist.data.batch import DOMAINS, HISTORY_FEATURES, ROW_FEATURES, vocabulary_of
+from cdr_dist.data import feature_names, storage
 from cdr_dist.data.dataset import Manifest, read_manifest
 from cdr_dist.data.histories import History
 from cdr_dist.data.truth import FILE
@@ -22,7 +21,6 @@ from cdr_dist.models.protocol import Output
 
 METRICS = ("auc", "gauc", "logloss")
 RANKED = re.compile(rf"(?:{'|'.join(RANKING)})@(\d+)")
-FEATURES = (*ROW_FEATURES, *HISTORY_FEATURES)
 WEIGHED = ("target_item", "target_category", "source_item", "source_category")
 """What the perceptron reads through the model's tables."""
 
@@ -40,7 +38,7 @@ def check_before_start(config: TrainConfig, folder: str) -> Manifest:
         raise UserError("tables.optimiser=adam: FBGEMM has no Adam on CPU; use rowwise_adagrad, adagrad or sgd")
     if not config.recipe.phases:
         raise UserError(f"recipe={config.recipe.name}: has no phases")
-    _check_model(config)
+    _check_model(config, manifest)
     return manifest
 
 
@@ -103,21 +101,27 @@ def table_specs(config: TrainConfig, manifest: Manifest, model: Any) -> list[Tab
     o = config.tables
     rows: dict[str, int] = {}
     for feature, table in model.spec().features.items():
-        rows[table] = max(rows.get(table, 0), manifest.rows[vocabulary_of(feature)])
+        rows[table] = max(rows.get(table, 0), manifest.rows[feature_names.vocabulary_of(feature)])
     return [TableSpec(name, rows[name], o.width, o.init_std) for name in model.spec().tables]
 
 
-def _check_model(config: TrainConfig) -> None:
+def _check_model(config: TrainConfig, manifest: Manifest) -> None:
     """The backbone, after two rows have gone through it. UserError: what docs/backbone.md asks for and it lacks."""
     model = build_model(config)
     name = f"model {config.model['_target_']}"
-    unknown = [f for f in model.spec().features if f not in FEATURES]
-    if unknown:
-        raise UserError(f"{name}: spec() names the feature {unknown[0]}; known: {', '.join(FEATURES)}")
+    known = feature_names.known(manifest.features)
+    for feature in model.spec().features:
+        if feature not in known:
+            own = feature.startswith(feature_names.DOMAINS) and feature_names.is_bag(feature)
+            how = f"prepare it with item_columns.features={feature_names.column_of(feature)}" if own else "a mistake"
+            raise UserError(
+                f"{name} reads the feature {feature}, which {config.data} does not have: {how}; "
+                f"there are {', '.join(known)}"
+            )
     try:
         histories = len(_TwoLabels.histories["target"].item)
         embedded = {
-            f: torch.zeros(histories if f in HISTORY_FEATURES else 2, config.tables.width)
+            f: torch.zeros(histories if feature_names.of_history(f) else 2, config.tables.width)
             for f in model.spec().features
         }
         labels = _TwoLabels()
@@ -139,8 +143,8 @@ def _check_model(config: TrainConfig) -> None:
     if tuple(output.target_features.shape) != (2, width):
         shape = list(output.target_features.shape)
         raise UserError(f"{name}: target_features of 2 rows has shape {shape}, not [2, target_feature_width={width}]")
-    known = [n for n, _ in model.named_parameters()]
-    lost = [h for h in heads if config.recipe.source and not any(n.startswith(h) for n in known)]
+    named = [n for n, _ in model.named_parameters()]
+    lost = [h for h in heads if config.recipe.source and not any(n.startswith(h) for n in named)]
     if lost:
         raise UserError(f"{name}: heads() names {lost[0]}, and no parameter's name starts with it")
 
@@ -150,7 +154,7 @@ class _TwoLabels:
 
     label = source_label = torch.tensor([1.0, 0.0])
     source_before = torch.tensor([1, 0])
-    histories = dict.fromkeys(DOMAINS, History(*torch.tensor([[2, 3], [2, 2], [1, 0], [2, 0]])))
+    histories = dict.fromkeys(feature_names.DOMAINS, History(*torch.tensor([[2, 3], [2, 2], [1, 0], [2, 0]])))
 
 
 def check_dataset(config: TrainConfig, manifest: Manifest) -> None:

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdr_dist.data.dataset import FIRST_ID
+from cdr_dist.data.feature_names import of_history, of_target_item
 from cdr_dist.data.stream import Rows
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
 from cdr_dist.embeddings.workers import sum_over_workers, world_size
 from cdr_dist.errors import UserError
 from cdr_dist.evaluation.metrics import all_gather_rows, gains_at_ranks
-from cdr_dist.models.pairs import ITEM_FEATURES, PairScorer, pair_scorer
+from cdr_dist.models.pairs import PairScorer, pair_scorer
 from cdr_dist.training.evaluate import evaluation_rows, one_ahead
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _steps(session: Session, split: str) -> Iterator[Rows]:
 def _held(session: Session, scorer: PairScorer, steps: Iterator[Rows]) -> list[_Positives]:
     """The next steps' positives; of as many steps on every worker, because lookups are collective."""
     held: list[_Positives] = []
-    most = HELD_WITH_HISTORIES if any("_history_" in f for f in session.features) else HELD_ROWS
+    most = HELD_WITH_HISTORIES if any(map(of_history, session.features)) else HELD_ROWS
     for rows in steps:
         held.append(_positives(session, scorer, rows))
         if len(held) * session.config.evaluation.batch_size >= most:
@@ -114,7 +115,7 @@ def _positives(session: Session, scorer: PairScorer, rows: Rows) -> _Positives:
     found = session.tables.read(ids_by_table(batch.train, session.features))
     features = rows_by_feature(found, batch.train, session.features)
     part = scorer.row_part(features, batch)[kept]
-    own = scorer.logits(part, scorer.item_part({f: features[f][kept] for f in ITEM_FEATURES}))
+    own = scorer.logits(part, scorer.item_part({f: features[f][kept] for f in features if of_target_item(f)}))
     return _Positives(part, _finite(own), batch.example[kept], number[row[counts]], item[counts])
 
 
@@ -127,7 +128,7 @@ def _by_score(session: Session, scorer: PairScorer, held: Sequence[_Positives]) 
 
 
 def _item_parts(session: Session, scorer: PairScorer, ids: NDArray[np.int64]) -> Iterator[Tensor]:
-    features = {f: table for f, table in session.features.items() if f in ITEM_FEATURES}
+    features = {f: table for f, table in session.features.items() if of_target_item(f)}
     for first in range(0, len(ids), LOOKED_UP):
         asked = session.builder.target_items(ids[first : first + LOOKED_UP]).to(session.device)
         found = session.tables.read(ids_by_table(asked, features))

@@ -15,8 +15,9 @@ from cdr_dist.bilevel.optimiser import AdaGradNorm
 from cdr_dist.bilevel.perceptron import BehaviouralPerceptron
 from cdr_dist.configuration import TrainConfig
 from cdr_dist.data import storage
-from cdr_dist.data.batch import DOMAINS, Batch, BatchBuilder
+from cdr_dist.data.batch import Batch, BatchBuilder
 from cdr_dist.data.dataset import read_manifest
+from cdr_dist.data.feature_names import DOMAINS
 from cdr_dist.data.feed import Feed
 from cdr_dist.data.hold_out import HoldOut, Split
 from cdr_dist.data.lanes import lanes_of
