@@ -124,7 +124,9 @@ def expected(config: TrainConfig, cycle: Sequence[Update]) -> dict[str, int]:
     lower = sum(update.counts for update in cycle)
     upper = len(cycle) - lower
     k, flows = config.hypergradient.inverse_products, upper > 0 and config.perceptron.item_gradient
-    made, rows = lower, config.batch.size
+    # Losses that are differentiated apart meet the tables as one: a pass more, through the lookup.
+    made = sum(update.passes + (update.passes > 1) for update in cycle if update.counts)
+    rows = config.batch.size
     if config.batch.accumulate > 1:
         size = -(-rows // min(config.batch.accumulate, rows))
         made = lower * (-(-rows // size) + 1 + flows)

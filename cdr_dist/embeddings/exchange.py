@@ -49,11 +49,11 @@ class RowExchange:
         """values[table] [n, width], one row an id -> the sum over all workers of the rows with the same id."""
         if self._world == 1:
             return dict(values)
-        return self._to_users(self._sum_at_owners(values))
+        return self._to_users(self.sum_at_owners(values))
 
     def pull(self, other: RowExchange, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sums of another batch's rows, at this batch's ids: aligned by id, 0 where the other has none."""
-        theirs = other._sum_at_owners(values)
+        theirs = other.sum_at_owners(values)
         aligned = {}
         for table in self.ids:
             mine, ids, rows = self._owned(table), other._owned(table), theirs[table]
@@ -76,7 +76,8 @@ class RowExchange:
         """values[table] of the ids `asked` -> [n, width] of this worker's ids; the way back of `to_owners`."""
         return _all_to_all(values, self._arriving, self._sent, self._world)
 
-    def _sum_at_owners(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def sum_at_owners(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """values[table] [n, width] -> the sums over workers of the rows with the same id, each at its owner alone."""
         if self._world == 1:
             return dict(values)
         sums = {}

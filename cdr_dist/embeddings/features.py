@@ -62,6 +62,20 @@ def rows_by_feature(rows: Mapping[str, Tensor], batch: KeyedJaggedTensor, featur
     return out
 
 
+def gradient_by_table(
+    gradients: Mapping[str, Tensor], batch: KeyedJaggedTensor, features: Features
+) -> dict[str, Tensor]:
+    """The way back of `rows_by_feature`: features' gradients -> those of each table's rows [n, width]."""
+    found: dict[str, list[Tensor]] = {}
+    for name in batch.keys():
+        if name in features:
+            of = gradients[name]
+            if is_bag(name):
+                of = of.repeat_interleave(batch[name].lengths().long(), dim=0)
+            found.setdefault(features[name], []).append(of)
+    return {table: torch.cat(parts) if len(parts) > 1 else parts[0] for table, parts in found.items()}
+
+
 def _summed(rows: Tensor, lengths: Tensor) -> Tensor:
     """Rows [total, width] of bags of so many [n] -> the sum of each, [n, width]; an empty one's is zero."""
     of = torch.arange(len(lengths), device=rows.device).repeat_interleave(lengths.long(), output_size=len(rows))

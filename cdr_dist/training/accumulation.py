@@ -16,7 +16,7 @@ from torch import Tensor
 from cdr_dist.data.batch import Batch
 from cdr_dist.data.feature_names import of_history
 from cdr_dist.data.histories import History
-from cdr_dist.embeddings.features import Features, rows_by_feature
+from cdr_dist.embeddings.features import Features, gradient_by_table, rows_by_feature
 
 Weights = Callable[[Mapping[str, Tensor]], Tensor | None]
 """Feature -> rows [B, width] to the weights [B] of all rows, which may couple them."""
@@ -45,8 +45,7 @@ def backward_in_parts(
 
     rows: of each table, as looked up for the batch's training features. losses(embedded, part, weights) -> scalars.
     """
-    given = {t: r.detach().requires_grad_() for t, r in rows.items()}
-    values = rows_by_feature(given, batch.train, features)
+    values = rows_by_feature({t: r.detach() for t, r in rows.items()}, batch.train, features)
     into = {f: torch.zeros_like(v) for f, v in values.items()}
     whole = {f: v.detach().requires_grad_() for f, v in values.items()}
     weighed = weights(whole)
@@ -75,10 +74,8 @@ def backward_in_parts(
         for f, gradient in zip(whole, back, strict=True):
             if gradient is not None:
                 into[f] += gradient
-    gradients = torch.autograd.grad(
-        list(values.values()), list(given.values()), list(into.values()), materialize_grads=True
-    )
-    torch.autograd.backward(list(rows.values()), list(gradients))
+    gradients = gradient_by_table(into, batch.train, features)
+    torch.autograd.backward(list(rows.values()), [gradients[t] for t in rows])
     return sums
 
 

@@ -23,9 +23,13 @@ WARM_UP_STEPS = 20
 
 
 class Update(Protocol):
-    """One kind of update. `counts`: whether it is a step of the run. `run` returns numbers equal on all workers."""
+    """One kind of update. `counts`: whether it is a step of the run; `passes`: backward passes of one.
+
+    `run` returns numbers equal on all workers.
+    """
 
     counts: bool
+    passes: int
     learned: bool
     needs_head: bool
 
@@ -74,6 +78,11 @@ class Loop:
         for phase in phases:
             for update in dict.fromkeys(phase.cycle):
                 update.bind(session)
+
+    @property
+    def passes_a_step(self) -> int:
+        """Backward passes of a lower update; those of all phases have as many."""
+        return next(update.passes for phase in self._phases for update in phase.cycle if update.counts)
 
     def resume(self) -> int:
         """Continues from the newest complete checkpoint; the step it stands at."""

@@ -23,10 +23,14 @@ class Lower:
 
     counts = True
     """Whether one such update is one step of the run."""
+    passes = 1
+    """Backward passes of one."""
     needs_head = False
 
     def __init__(self, weighting: Weighting) -> None:
         self._weighting = weighting
+        self.seen: dict[str, float] = {}
+        """What else a step has found; the same on all workers."""
         self.learned = weighting.learned
         self.needs_truth = getattr(weighting, "needs_truth", False)
 
@@ -45,13 +49,13 @@ class Lower:
             _, target_loss, source_loss = self._in_parts(batch, rows)
         else:
             _, target_loss, source_loss = self._at_once(batch, rows)
-        s.passes["lower"] += 1
+        s.passes["lower"] += self.passes
         told = torch.tensor(float(stop_wanted))
         loss, source_part, stop = s.dense_step([target_loss, source_loss, told])
         found = {"loss": loss + source_part, "target_loss": loss, "stop": stop}
         if self._weighted:
             found["source_loss"] = source_part
-        return found
+        return found | self.seen
 
     def _at_once(self, batch: Batch, rows: Mapping[str, Tensor]) -> list[Tensor]:
         embedded = rows_by_feature(rows, batch.train, self._session.features)

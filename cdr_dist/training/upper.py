@@ -22,6 +22,8 @@ class Upper:
     """Train batch: the next lower batch, looked at early and trained on as usual. Tables do not move."""
 
     counts = False
+    passes = 0
+    """It says itself how many it made: `hypergradient` counts them."""
     learned = True
     needs_head = True
 

@@ -126,7 +126,7 @@ def _summary(
         values |= full_ranking(session, split, config.evaluation.full_ks)
     passes = dict(session.passes)
     weights = weights_by_category(session) if session.perceptron is not None else None
-    predicted = p.step + p.upper_steps * config.hypergradient.passes
+    predicted = p.step * loop.passes_a_step + p.upper_steps * config.hypergradient.passes
     summary: dict[str, Any] = {
         "schema": 1,
         "recipe": config.recipe.name,
