@@ -106,4 +106,4 @@ def test_two_workers_train_as_one_and_a_resume_repeats_the_run(tmp_path):
     train(words(rated(), tmp_path / "cut", *GIVEN), killed_after=44)
     train(words(rated(), tmp_path / "cut", *GIVEN))
     same_run(tmp_path / "1", tmp_path / "cut")
-    assert "gradient_cosine" in lines(tmp_path / "1", "train")[0]
+    assert "gradient_cosine" in lines(tmp_path / "1", "train")[0]["values"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cdr_dist.bilevel.hypergradient import Hypergradient, hypergradient
+from cdr_dist.bilevel.options import HypergradientOptions
 from cdr_dist.data.batch import Batch
 from cdr_dist.data.hold_out import HoldOut
 from cdr_dist.data.stream import Place
@@ -45,7 +46,7 @@ class Upper:
             self._refresh_head()
         train = self._train_batch()
         dev = self._dev_batch()
-        found = hypergradient(s.model, self._perceptron, s.dev_head, s.tables, train, dev, options)
+        found = self._hypergradient(train, dev, options)
         s.passes["upper"] += found.passes
         norm = self.learn(found, train)
         norms = found.norms.tolist()
@@ -56,6 +57,10 @@ class Upper:
             "series_last": norms[-1],
             "series_grows": float(norms[-1] > norms[0]),
         }
+
+    def _hypergradient(self, train: Batch, dev: Batch, options: HypergradientOptions) -> Hypergradient:
+        s = self._session
+        return hypergradient(s.model, self._perceptron, s.dev_head, s.tables, train, dev, options)
 
     def learn(self, found: Hypergradient, train: Batch) -> float:
         """A step of the perceptron -> the norm of the hypergradient that `train` and its dev batch gave."""
