@@ -17,6 +17,7 @@ from cdr_dist.training.worker import phases_of
 from tests import datasets, reference
 from tests.problem import make, replaced
 from tests.processes import on_workers
+from tests.runs import tensors, train, words
 
 STEPS = 15
 
@@ -161,3 +162,34 @@ def test_initial_loss_is_near_ln_2_and_no_tower_starts_dead():
 def test_the_single_domain_variant_reads_no_source_feature():
     assert not [f for f in conet(source=False).spec().features if f.startswith("source")]
     assert read_manifest(str(datasets.rated())).rows.keys() >= set(conet().spec().tables)
+
+
+def test_without_cross_layers_the_towers_are_independent_and_with_all_of_them_it_is_conet():
+    given = embedded()
+    for layers in (None, 2, 1, 0):
+        model, whole = CoNet(4, (8, 6), cross_layers=layers), conet()
+        model.load_state_dict({n: p for n, p in whole.state_dict().items() if n in model.state_dict()})
+        for cross in list(whole.cross)[2 if layers is None else layers :]:
+            torch.nn.init.zeros_(cross.weight)
+        assert len(model.cross) == (2 if layers is None else layers)
+        torch.testing.assert_close(model(given, Labels), whole(given, Labels))
+        sum(map(torch.sum, model.losses(model(given, Labels), Labels))).backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_sparse_cross_units_pay_for_their_size_once():
+    plain, sparse, given = conet(), CoNet(4, (8, 6), sparsity=0.25), embedded()
+    sparse.load_state_dict(plain.state_dict())
+    size = sum(float(h.weight.abs().sum()) for h in plain.cross)
+    losses = [model.losses(model(given, Labels), Labels) for model in (plain, sparse)]
+    torch.testing.assert_close(losses[1][0].mean() - losses[0][0].mean(), torch.tensor(0.25 * size), rtol=1e-4, atol=0)
+    assert torch.equal(losses[0][1], losses[1][1])
+
+
+def test_sparsity_shrinks_the_cross_units_of_a_run(tmp_path):
+    sizes = {}
+    for model in ("conet", "sconet"):
+        train(words(datasets.rated(), tmp_path / model, f"model={model}", "recipe=joint"))
+        of = tensors(tmp_path / model)
+        sizes[model] = sum(float(v.abs().sum()) for name, v in of.items() if "cross" in name and "model" in name)
+    assert 0 < sizes["sconet"] < 0.9 * sizes["conet"]

@@ -19,22 +19,33 @@ _SOURCE = {"source_item": "source_item", "source_category": "source_category"}
 class CoNet(TwoHeads):
     """a_t(h+1) = ReLU(W_t a_t(h) + b_t + H a_s(h)), and the same with the domains swapped (CoNet, eq. 8).
 
-    One H a layer serves both directions. Input of a tower: [user; item; category], 3 x width. With `source=False`
-    this is the single-domain variant (-S): no source tower, no cross units, no source features.
+    One H a layer serves both directions; cross_layers: how many layers have one, from the first on (None: all, as in
+    BIAO; CoNet's own code: 2). sparsity: times the sum of the |H|, added to the loss (SCoNet). Input of a tower: [user;
+    item; category], 3 x width. With `source=False` this is the single-domain variant (-S): no source tower, no cross
+    units, no source features.
     """
 
-    def __init__(self, width: int, hidden: Sequence[int] = (64, 32, 16, 8), source: bool = True) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: Sequence[int] = (64, 32, 16, 8),
+        cross_layers: int | None = None,
+        sparsity: float = 0.0,
+        source: bool = True,
+    ) -> None:
         super().__init__()
         if not hidden:
             raise UserError("model.hidden: at least one layer is needed")
+        if (cross_layers or 0) < 0 or sparsity < 0:
+            raise UserError("model.cross_layers and model.sparsity must not be negative")
         sizes = [3 * width, *hidden]
         layers = list(itertools.pairwise(sizes))
         self.target_tower = nn.ModuleList(nn.Linear(a, b) for a, b in layers)
         self.target_head = nn.Linear(sizes[-1], 1)
-        self.source = source
+        self.source, self.sparsity = source, sparsity
         if source:
             self.source_tower = nn.ModuleList(nn.Linear(a, b) for a, b in layers)
-            self.cross = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in layers)
+            self.cross = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in layers[:cross_layers])
             self.source_head = nn.Linear(sizes[-1], 1)
 
     def spec(self) -> Spec:
@@ -55,6 +66,12 @@ class CoNet(TwoHeads):
         target, source = both.split(self.target_head.in_features, dim=1)
         return Output(self.target_head(target).squeeze(1), self.source_head(source).squeeze(1), target)
 
+    def losses(self, output: Output, batch: Labels) -> tuple[Tensor, Tensor | None]:
+        target, source = super().losses(output, batch)
+        if self.sparsity and self.source:  # on every example, so once on their mean
+            target = target + self.sparsity * torch.stack([h.abs().sum() for h in self.cross.parameters()]).sum()
+        return target, source
+
     def pair_scorer(self) -> _Pairs:
         return _Pairs(self)
 
@@ -63,10 +80,12 @@ class CoNet(TwoHeads):
         target = _parameters(self.target_tower)
         if not self.source:
             return target
-        layers = zip(target, *map(_parameters, (self.source_tower, self.cross)), strict=True)
+        cross = [h for h, _ in _parameters(self.cross)]
+        cross += [torch.zeros_like(w) for w, _ in target[len(cross) :]]
+        layers = zip(target, _parameters(self.source_tower), cross, strict=True)
         return [
             _Joined.apply(0 if i else width, w_t, w_s, h, b_t, b_s)
-            for i, ((w_t, b_t), (w_s, b_s), (h, _)) in enumerate(layers)
+            for i, ((w_t, b_t), (w_s, b_s), h) in enumerate(layers)
         ]
 
     def initial_values(self) -> dict[str, Tensor]:
