@@ -1,0 +1,62 @@
+"""Matrix factorisation of the target alone: the single-domain model that any transfer has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cdr_dist.errors import UserError
+from cdr_dist.models.protocol import Labels, Output, Spec, cross_entropy
+
+LOSSES = ("bpr", "bce")
+
+
+class MatrixFactorisation(nn.Module):
+    """u . v + b_v (Rendle et al., "BPR", UAI 2009): a row's first value is the item's bias, and the user's has no use.
+
+    loss: bpr, - log sigmoid(score of a positive - score of its negative), for labels by sampled negatives, whose rows
+    follow their positive's; bce, cross-entropy of every row, for ratings. A positive's own loss is 0 in bpr.
+    """
+
+    def __init__(self, width: int, loss: str = "bpr", source: bool = False) -> None:
+        super().__init__()
+        if loss not in LOSSES:
+            raise UserError(f"model.loss={loss}: choose {' or '.join(LOSSES)}")
+        if source:
+            raise UserError("model=mf reads the target alone; take recipe=target_only")
+        self._width, self._loss = width, loss
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def spec(self) -> Spec:
+        return Spec({"user": "user", "target_item": "target_item"})
+
+    def heads(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def target_feature_width(self) -> int:
+        return self._width
+
+    def forward(self, embedded: Mapping[str, Tensor], batch: Labels) -> Output:
+        """embedded: feature -> [B, width]."""
+        user, item = embedded["user"], embedded["target_item"]
+        features = torch.cat([item[:, :1], user[:, 1:] * item[:, 1:]], dim=1)
+        return Output(features.sum(1) + self.bias, None, features)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        return {"bias": torch.zeros(())}
+
+    def losses(self, output: Output, batch: Labels) -> tuple[Tensor, Tensor | None]:
+        if self._loss == "bce":
+            return cross_entropy(output.target_logit, batch.label), None
+        positive = batch.label > 0
+        number = positive.cumsum(0) - 1
+        assert int(number[0]) == 0 or not positive.any(), "rows of a positive and its negatives are cut apart"
+        of_positive = output.target_logit[positive]
+        if not len(of_positive):
+            return torch.zeros_like(output.target_logit), None
+        gap = of_positive.index_select(0, number.clamp(min=0)) - output.target_logit
+        return torch.where(positive, torch.zeros_like(gap), functional.softplus(-gap)), None
