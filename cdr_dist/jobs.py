@@ -11,9 +11,12 @@ DONE, FAILED, USERS_MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 
 def run_job(
-    name: str, about: str | None, main: Callable[[list[str]], None], more_help: Callable[[], str] | None = None
+    name: str, about: str | None, main: Callable[[list[str]], int | None], more_help: Callable[[], str] | None = None
 ) -> int:
-    """Runs main(words): 0 done, 2 the user's mistake (one line), 143 or 130 stopped on request, 1 anything else."""
+    """Runs main(words): 0 done, 2 the user's mistake (one line), 143 or 130 stopped on request, 1 anything else.
+
+    A main that returns a code decides by itself.
+    """
     words = sys.argv[1:]
     os.environ.setdefault("GLOG_minloglevel", "2")
     if any(w in ("-h", "--help", "help") for w in words):
@@ -24,7 +27,7 @@ def run_job(
     from cdr_dist.errors import Stopped, UserError
 
     try:
-        main(words)
+        return main(words) or DONE
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return USERS_MISTAKE
@@ -37,4 +40,3 @@ def run_job(
     except Exception:
         traceback.print_exc()
         return FAILED
-    return DONE

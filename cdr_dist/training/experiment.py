@@ -1,202 +1,217 @@
-"""Methods x seeds: runs what is missing, then a table with means, deviations, RelaImpr and paired tests."""
+"""An experiment: data x models x methods x seeds; a run is one choice of each."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import multiprocessing
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import polars as pl
 import yaml
-from tqdm import tqdm
 
-from cdr_dist.configuration import CONFIGS
+from cdr_dist.configuration import CONFIGS, TrainConfig, from_words
+from cdr_dist.data import storage
+from cdr_dist.data.demo import DEMO
 from cdr_dist.errors import UserError, nearest
-from cdr_dist.evaluation.significance import paired_bootstrap
-from cdr_dist.evaluation.table import markdown, result_table
-from cdr_dist.training.run_folder import SCORES
+
+FOLDER = CONFIGS / "experiment"
+Choices = dict[str, list[str]]
+"""A dimension: label -> words of jobs/train.py."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """Options chosen on validation data before the seeds that are reported: the same trials for everyone."""
+
+    space: dict[str, Any]
+    """Option -> [low, high, log | linear | int], or a list of choices."""
+    budget: int = 0
+    """Trials of every method on every data and model; 0: no search."""
+    metric: str = "auc"
+    """Of the validation rows; of logloss the smallest is the best."""
+    only: dict[str, list[str]] = field(default_factory=dict)
+    """Option, or a pattern such as upper.*, -> the methods that search it; the others leave it as it is."""
+    together: int = 4
+    """Trials that are chosen before the first of them is known: so the choice does not depend on `parallel`."""
+
+    def __post_init__(self) -> None:
+        for option, values in self.space.items():
+            if not isinstance(values, list) or len(values) < 2:
+                raise UserError(f"search.space.{option}: write [low, high, log] or a list of choices")
+        if self.together < 1 or self.budget < 0:
+            raise UserError("search: budget must not be negative, together at least 1")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """configs/experiment/NAME.yaml. methods: label -> words of jobs/train.py."""
+    """configs/experiment/NAME.yaml. Every dimension: label -> words of jobs/train.py."""
 
     name: str
-    methods: dict[str, list[str]]
+    methods: Choices
+    title: str = ""
+    models: Choices = field(default_factory=dict)
+    """Also written as a list of files of configs/model/. None: the default model."""
+    data: Choices = field(default_factory=dict)
+    """Also written as label: FOLDER. None: data= of the command line."""
     common: list[str] = field(default_factory=list)
     single: str = "target_only"
     """The method that RelaImpr refers to."""
     against: str = "joint"
     """The method that the others are compared with."""
+    weights: str = "biao"
+    """The method whose weights of source categories are drawn."""
+    curve: str = ""
+    """An option whose values are drawn as a curve; methods without it become dotted lines."""
+    paper: str = ""
+    """The table of configs/paper/biao.yaml whose figures stand beside ours."""
     grid: dict[str, list[Any]] = field(default_factory=dict)
     """Options and their values: every method runs with every combination, compared on validation data only."""
+    search: Search | None = None
 
-    def expanded(self) -> dict[str, list[str]]:
+    def __post_init__(self) -> None:
+        for pattern, methods in self.search.only.items() if self.search else ():
+            for method in methods:
+                _known(f"search.only.{pattern}", method, self.methods)
+
+    def expanded(self) -> Choices:
         """The methods with the grid written out; labels are method|key=value|…"""
         combinations = list(itertools.product(*([f"{k}={v}" for v in values] for k, values in self.grid.items())))
         return {"|".join([m, *c]): [*words, *c] for m, words in self.methods.items() for c in combinations}
 
 
+class Cell(NamedTuple):
+    """What the seeds of a mean have in common: labels of three dimensions."""
+
+    data: str
+    model: str
+    method: str
+
+    def __str__(self) -> str:
+        return " / ".join(self)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """One run: a label, a seed, and its words."""
+    """One run: a choice of every dimension, its words, its folder (local or s3://)."""
 
-    method: str
+    cell: Cell
     seed: int
-    run: Path
+    run: str
     words: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.cell} / seed {self.seed}"
 
 
 def load(name: str) -> Experiment:
-    known = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
-    if name not in known:
-        raise UserError(f"experiment={name}: unknown experiment; {nearest(name, known)}")
-    return Experiment(name=name, **yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text()))
+    _known("experiment", name, names())
+    path = FOLDER / f"{name}.yaml"
+    raw = yaml.safe_load(path.read_text())
+    try:
+        raw["models"] = _models(raw.get("models", {}))
+        raw["data"] = {label: _data_words(given) for label, given in raw.get("data", {}).items()}
+        raw["search"] = Search(**raw["search"]) if raw.get("search") else None
+        return Experiment(name=name, **raw)
+    except TypeError as error:
+        raise UserError(f"{path}: {str(error).split('__init__() ')[-1]}") from error
 
 
-def chosen(experiment: Experiment, methods: Sequence[str]) -> Experiment:
-    """Only the named methods."""
-    for name in methods:
-        if name not in experiment.methods:
-            raise UserError(f"methods={name}: {nearest(name, list(experiment.methods))}")
-    return dataclasses.replace(experiment, methods={m: experiment.methods[m] for m in methods})
+def names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def plans(experiment: Experiment, seeds: Sequence[int], out: Path, words: Sequence[str]) -> list[Plan]:
-    """One run a method and seed, in a folder of its own; words of the command line win over the experiment's."""
+def chosen(
+    experiment: Experiment, methods: Sequence[str] = (), models: Sequence[str] = (), data: Sequence[str] = ()
+) -> Experiment:
+    """Of the methods and models only the named ones (a model may also be any file of configs/model/); on these data."""
+    files = {path.stem: [f"model={path.stem}"] for path in sorted((CONFIGS / "model").glob("*.yaml"))}
+    every_model = files | experiment.models
+    for dimension, labels, known in (("methods", methods, experiment.methods), ("models", models, every_model)):
+        for label in labels:
+            _known(dimension, label, known)
+    return dataclasses.replace(
+        experiment,
+        methods={m: experiment.methods[m] for m in methods} or experiment.methods,
+        models={m: every_model[m] for m in models} or experiment.models or {"conet": ["model=conet"]},
+        data=_labelled(data) or experiment.data,
+        search=_search_of(experiment.search, methods),
+    )
+
+
+def _search_of(search: Search | None, methods: Sequence[str]) -> Search | None:
+    if search is None or not methods:
+        return search
+    return dataclasses.replace(search, only={p: [m for m in of if m in methods] for p, of in search.only.items()})
+
+
+def plans(
+    experiment: Experiment, seeds: Sequence[int], runs: str, words: Sequence[str], best: Mapping[Cell, list[str]] = {}
+) -> list[Plan]:
+    """A run for every choice, each in a folder of its own.
+
+    Of words with the same key the last one counts: common, data, model, method, `best` (of a search), command line.
+    """
+    if not experiment.data:
+        raise UserError(f"experiment={experiment.name}: needs data=FOLDER[,FOLDER…], written by jobs/prepare.py")
     found = []
     for seed in seeds:
-        for method, own in experiment.expanded().items():
-            run = out / method.replace("|", "_") / f"seed-{seed}"
-            chosen: dict[str, str] = {}
-            for word in [*experiment.common, *own, *words]:
-                key, separator, _ = word.partition("=")
-                if not separator:
-                    raise UserError(f"'{word}': options are written key=value")
-                chosen[key] = word
-            found.append(Plan(method, seed, run, [*chosen.values(), f"seed={seed}", f"run={run}"]))
+        for labels in itertools.product(experiment.data, experiment.models, experiment.expanded()):
+            cell = Cell(*labels)
+            own = [*experiment.data[cell.data], *experiment.models[cell.model], *experiment.expanded()[cell.method]]
+            run = storage.join(runs, *(label.replace("|", "_") for label in cell), f"seed-{seed}")
+            merged = last_of_each([*experiment.common, *own, *best.get(cell, []), *words])
+            found.append(Plan(cell, seed, run, [*merged, f"seed={seed}", f"run={run}"]))
     return found
 
 
-def run_all(todo: Sequence[Plan], parallel: int) -> list[dict[str, Any]]:
-    """Trains every plan, `parallel` processes at a time; finished ones are read. Summaries in the order of plans."""
-    context = multiprocessing.get_context("spawn")
-    summaries: dict[Plan_key, dict[str, Any]] = {}
-    with ProcessPoolExecutor(parallel, mp_context=context) as pool, tqdm(total=len(todo), unit="run") as bar:
-        futures = {pool.submit(run_one, plan.words): plan for plan in todo}
-        for future in as_completed(futures):
-            plan = futures[future]
-            try:
-                summary = future.result()
-            except UserError as error:
-                pool.shutdown(cancel_futures=True)
-                raise UserError(f"{plan.method} seed {plan.seed}: {error}") from error
-            summaries[plan.method, plan.seed] = summary | {"recipe": plan.method}
-            bar.set_postfix_str(f"{plan.method} seed {plan.seed} valid AUC {summary['metrics']['valid']['auc']:.4f}")
-            bar.update()
-    return [summaries[plan.method, plan.seed] for plan in todo]
-
-
-Plan_key = tuple[str, int]
-
-
-def run_one(words: list[str]) -> dict[str, Any]:
-    from cdr_dist.configuration import from_words
-    from cdr_dist.data.demo import dataset_of
-    from cdr_dist.training.launch import train
-
-    config = from_words(words)
-    return train(config, dataset_of(config.data), quiet=True)
-
-
-def report(experiment: Experiment, todo: Sequence[Plan], summaries: Sequence[dict[str, Any]]) -> str:
-    """The table over seeds, and the paired bootstrap of each method against `against`."""
-    if experiment.grid:
-        return _search_table(todo, summaries)
-    present = {plan.method for plan in todo}
-    single = experiment.single if experiment.single in present else None
-    against = experiment.against if experiment.against in present else None
-    metrics = ["auc", "logloss"]
-    parts = [result_table(summaries, metrics=metrics, single=single or "", against=against)] if single else []
-    if not parts:
-        parts = [result_table(summaries, metrics=metrics, against=against)]
-    if against is not None and len(present) > 1:
-        parts.append(_bootstrap_table(todo, against))
-    seconds: dict[str, list[float]] = {}
-    for plan, summary in zip(todo, summaries, strict=True):
-        seconds.setdefault(plan.method, []).append(summary["throughput"]["train_s"] or 0.0)
-    parts.append("Training seconds (mean): " + ", ".join(f"{m} {np.mean(s):.1f}" for m, s in seconds.items()))
-    return "\n\n".join(parts)
-
-
-def _search_table(todo: Sequence[Plan], summaries: Sequence[dict[str, Any]]) -> str:
-    """Every combination by its mean validation AUC, each method's best first; test metrics are not looked at."""
-    found: dict[str, list[float]] = {}
-    for plan, summary in zip(todo, summaries, strict=True):
-        found.setdefault(plan.method, []).append(summary["metrics"]["valid"]["auc"])
-    ranked = sorted(found, key=lambda m: (m.split("|")[0], -float(np.mean(found[m]))))
-    rows = [[m.replace("|", " "), f"{np.mean(found[m]):.4f}", f"{np.std(found[m]):.4f}"] for m in ranked]
-    return "Validation AUC, mean over seeds:\n" + markdown(["method and options", "mean", "sd"], rows)
-
-
-def _bootstrap_table(todo: Sequence[Plan], against: str) -> str:
-    by_method: dict[str, list[Plan]] = {}
+def check_words(todo: Sequence[Plan]) -> list[TrainConfig]:
+    """A configuration of each cell. UserError: an unknown option, or a value that cannot be; nothing started."""
+    first: dict[Cell, TrainConfig] = {}
     for plan in todo:
-        by_method.setdefault(plan.method, []).append(plan)
-    base = _scores(by_method[against])
-    rows = []
-    for method, runs in by_method.items():
-        if method == against:
-            continue
-        mine = _scores(runs)
-        found = paired_bootstrap(base["user"], base["label"], mine["score"], base["score"])
-        rows.append([method, f"{found.difference:+.4f}", f"{found.low:+.4f} … {found.high:+.4f}", f"{found.p:.3f}"])
-    title = f"Test AUC minus that of {against}, mean over seeds; paired bootstrap over users and seeds:\n"
-    return title + markdown(["method", "difference", "95% interval", "p"], rows)
+        if plan.cell not in first:
+            try:
+                first[plan.cell] = from_words(plan.words)
+            except UserError as error:
+                raise UserError(f"{plan.cell}: {error}") from error
+    return list(first.values())
 
 
-def _scores(runs: Sequence[Plan]) -> dict[str, Any]:
-    """user, label [rows] and score [seeds, rows] of the test split."""
-    frames = [pl.read_parquet(plan.run / SCORES) for plan in runs]
-    return {
-        "user": frames[0]["user"].to_numpy(),
-        "label": frames[0]["label"].to_numpy(),
-        "score": np.stack([f["score"].to_numpy() for f in frames]),
-    }
-
-
-def experiment_job(words: Sequence[str]) -> None:
-    """Words: experiment= methods= seeds= out= parallel= first_seed=, and any word of jobs/train.py for all runs."""
-    given = {"seeds": "5", "first_seed": "8", "parallel": "1"}
-    rest = []
+def last_of_each(words: Sequence[str]) -> list[str]:
+    chosen: dict[str, str] = {}
     for word in words:
-        key, _, value = word.partition("=")
-        if key in ("experiment", "out", "methods", *given):
-            given[key] = value
-        else:
-            rest.append(word)
-    if "experiment" not in given:
-        raise UserError("experiment= is missing; see --help")
-    numbers = {}
-    for key in ("seeds", "first_seed", "parallel"):
-        if not given[key].isdigit() or (key != "first_seed" and given[key] == "0"):
-            raise UserError(f"{key}={given[key]}: must be a whole number, at least {int(key != 'first_seed')}")
-        numbers[key] = int(given[key])
-    experiment = load(given["experiment"])
-    if "methods" in given:
-        experiment = chosen(experiment, given["methods"].split(","))
-    out = Path(given.get("out") or f"runs/experiments/{experiment.name}").absolute()
-    seeds = range(numbers["first_seed"], numbers["first_seed"] + numbers["seeds"])
-    todo = plans(experiment, seeds, out, rest)
-    summaries = run_all(todo, numbers["parallel"])
-    text = report(experiment, todo, summaries)
-    (out / "table.md").write_text(text + "\n")
-    (out / "summaries.json").write_text(json.dumps(summaries, indent=1))
-    print(f"{text}\n\n{out}/table.md")
+        key, separator, _ = word.partition("=")
+        if not separator:
+            raise UserError(f"'{word}': options are written key=value")
+        chosen[key] = word
+    return list(chosen.values())
+
+
+def _models(given: Any) -> Choices:
+    return {m: [f"model={m}"] for m in given} if isinstance(given, list) else given
+
+
+def _data_words(given: Any) -> list[str]:
+    return [f"data={_absolute(given)}"] if isinstance(given, str) else given
+
+
+def _labelled(folders: Sequence[str]) -> Choices:
+    """Datasets by the names of their folders."""
+    found: Choices = {}
+    for folder in folders:
+        label = folder.rstrip("/").rpartition("/")[2]
+        if label in found:
+            raise UserError(f"data={','.join(folders)}: two folders are called {label}; rename one of them")
+        found[label] = _data_words(folder)
+    return found
+
+
+def _absolute(data: str) -> str:
+    """Runs may take place elsewhere, and in one folder whatever the path was typed as."""
+    return data if data == DEMO or "://" in data else str(Path(data).expanduser().absolute())
+
+
+def _known(what: str, name: str, known: Sequence[str] | Mapping[str, Any]) -> None:
+    if name not in known:
+        raise UserError(f"{what}={name}: unknown; {nearest(name, list(known))}")

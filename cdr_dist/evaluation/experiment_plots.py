@@ -1,0 +1,182 @@
+"""Figures of an experiment, as SVG and PNG: bars with a dot a seed, a curve over an option, weights of categories."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from cdr_dist.data import storage
+from cdr_dist.evaluation.experiment_tables import Findings, Row, Run
+
+INK, FAINT, RULE = "#1c2733", "#6b7785", "#dfe4ea"
+SINGLE, AGAINST, HIGHLIGHTED, OTHER = "#c3ccd6", "#7d8b9b", "#0b7a75", "#8db4c8"
+MODELS = ("#0b7a75", "#c2571a", "#3f5fa8", "#8a4f9e")
+HIGHEST, LOWEST, FEWEST = 10, 5, 5
+"""Categories shown from either end, and the behaviours one needs on average to be shown."""
+
+
+def bars(found: Findings, models: Mapping[str, Sequence[Row]]) -> Any:
+    """Mean test AUC of each method as a bar from chance (0.5), a dot for each seed, the paper's as a diamond."""
+    heights = [len(rows) for rows in models.values()]
+    figure = _figure(7.6, 0.55 + sum(0.34 * n + 0.62 for n in heights))
+    panels = np.atleast_1d(figure.subplots(len(models), 1, sharex=True, height_ratios=[n + 0.6 for n in heights]))
+    every = [v for rows in models.values() for row in rows for v in _aucs(row)]
+    every += [row.paper_auc for rows in models.values() for row in rows if row.paper_auc is not None]
+    low, high = min([0.5, *every]), max([0.51, *every])
+    for axes, (model, rows) in zip(panels, models.items(), strict=True):
+        for i, row in enumerate(rows):
+            values = _aucs(row)
+            axes.text(-0.015, i, row.name, transform=axes.get_yaxis_transform(), ha="right", va="center", color=INK)
+            if values:
+                bold = "bold" if row.name == found.highlighted else "normal"
+                axes.barh(i, np.mean(values) - 0.5, left=0.5, height=0.66, color=colour(found, row.name))
+                spread = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else [0.0]
+                axes.scatter(values, i + np.array(spread), s=9, color=INK, alpha=0.75, linewidths=0, zorder=3)
+                right = max([*values, row.paper_auc or 0.0]) + 0.012 * (high - low)
+                axes.text(right, i, f"{np.mean(values):.4f}", va="center", color=INK, weight=bold, size=8.5)
+            else:
+                axes.text(0.5, i, " failed", va="center", color=FAINT, style="italic")
+            if row.paper_auc is not None:
+                axes.scatter([row.paper_auc], [i], marker="D", s=26, facecolors="white", edgecolors=INK, zorder=4)
+        axes.set(ylim=(len(rows) - 0.4, -0.6), xlim=(low - (0.01 if low < 0.5 else 0), high + 0.13 * (high - low)))
+        axes.set_yticks([])
+        axes.set_title(model, loc="left", color=FAINT, size=9)
+        _plain(axes, "x")
+    with_paper = any(row.paper_auc is not None for rows in models.values() for row in rows)
+    panels[-1].set_xlabel("test AUC, from chance; a dot a seed" + ("; diamond: the paper's" if with_paper else ""))
+    return figure
+
+
+def curve(found: Findings, models: Mapping[str, Sequence[Row]]) -> Any:
+    """Mean test AUC over an option's values with standard deviations; a dotted line for methods without it."""
+    figure = _figure(7.6, 3.6)
+    axes = figure.subplots()
+    points = sorted(set(found.points.values()))
+    ends: list[tuple[float, str, str]] = []
+    for ink, (model, rows) in zip(_repeated(MODELS, len(models)), models.items(), strict=True):
+        known = sorted((found.points[row.name], row) for row in rows if row.name in found.points and row.method)
+        x, y = [p for p, _ in known], [row.auc for _, row in known]
+        error = [np.nan_to_num(row.method.sd("auc")) if row.method else 0.0 for _, row in known]
+        axes.errorbar(x, y, yerr=error, color=ink, marker="o", ms=4.5, lw=1.6, capsize=2.5, elinewidth=0.9)
+        ends += [(y[-1], model, ink)] if y else []
+        for row in rows:
+            if row.name not in found.points and row.method:
+                axes.axhline(row.auc, color=ink, ls=(0, (1, 2)), lw=1.4)
+                ends.append((row.auc, f"{model}, {row.name}", ink))
+    if points and points[0] > 0 and points[-1] / points[0] >= 10:
+        axes.set_xscale("log")
+    axes.set_xticks(points, [f"{p:g}" for p in points])
+    axes.minorticks_off()
+    axes.set(xlabel=found.curve, ylabel="test AUC")
+    _plain(axes, "y")
+    _labels_at_the_end(axes, ends)
+    return figure
+
+
+def weights(found: Findings, runs: Sequence[Run], names: Mapping[int, str]) -> Any | None:
+    """Mean weight of the source's categories, highest and lowest, averaged over seeds; None without weights."""
+    frames = [_weights_of(run).with_columns(seed=pl.lit(run.seed)) for run in runs if run.weights]
+    if not frames:
+        return None
+    mean = (
+        pl.concat(frames)
+        .group_by("category")
+        .agg(pl.col("weight").mean(), pl.col("weight").std().alias("sd"), pl.col("behaviours").mean())
+        .filter(pl.col("behaviours") >= FEWEST)
+        .sort("weight", "category", descending=[True, False])
+    )
+    if mean.is_empty():
+        return None
+    cut = mean.height > HIGHEST + LOWEST
+    shown = pl.concat([mean.head(HIGHEST), mean.tail(LOWEST)]) if cut else mean
+    figure = _figure(7.6, 0.75 + 0.26 * (shown.height + cut))
+    axes = figure.subplots()
+    for i, row in enumerate(shown.iter_rows(named=True)):
+        y = i + (cut and i >= HIGHEST)
+        above = row["weight"] >= 1
+        axes.barh(y, row["weight"], height=0.66, color=HIGHLIGHTED if above else OTHER)
+        sd = row["sd"] or 0.0
+        axes.errorbar(row["weight"], y, xerr=[[min(sd, row["weight"])], [sd]], color=INK, elinewidth=0.9, capsize=2)
+        name = names.get(int(row["category"]), f"category {row['category']}")
+        label = name if len(name) <= 34 else name[:33] + "…"
+        axes.text(-0.015, y, label, transform=axes.get_yaxis_transform(), ha="right", va="center", color=INK, size=8.5)
+    if cut:
+        hidden = f"… {mean.height - shown.height} categories between"
+        axes.text(0.0, HIGHEST, f"  {hidden}", va="center", color=FAINT, style="italic", size=8.5)
+    axes.axvline(1.0, color=INK, lw=1, ls=(0, (1, 2)))
+    axes.set_yticks([])
+    axes.set_ylim(shown.height + cut - 0.4, -0.6)
+    axes.set_xlabel(f"mean weight of a behaviour ({found.highlighted}; dotted: every behaviour counts the same)")
+    _plain(axes, "x")
+    return figure
+
+
+def colour(found: Findings, method: str) -> str:
+    kinds = {found.single: SINGLE, found.against: AGAINST, found.highlighted: HIGHLIGHTED}
+    return kinds.get(method, OTHER)
+
+
+def as_bytes(figure: Any, kind: str) -> bytes:
+    """svg or png; the same figure gives the same bytes."""
+    import matplotlib
+
+    out = io.BytesIO()
+    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "cdr_dist"}):
+        figure.savefig(out, format=kind, dpi=160, metadata=metadata, bbox_inches="tight", pad_inches=0.05)
+    return out.getvalue()
+
+
+def inline(svg: bytes) -> str:
+    """An SVG file's element alone, without prolog, metadata and fixed size, to stand within a page."""
+    text = svg.decode()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
+    head, rest = text.split(">", 1)
+    return re.sub(r' (?:width|height)="[^"]*"', "", head) + ' aria-hidden="true">' + rest.strip()
+
+
+def _figure(width: float, height: float) -> Any:
+    import matplotlib
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure((width, height), layout="constrained")
+    figure.set_facecolor("white")
+    return figure
+
+
+def _plain(axes: Any, grid: str) -> None:
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(length=0, labelcolor=FAINT, labelsize=8.5)
+    axes.grid(axis=grid, color=RULE, lw=0.8)
+    axes.set_axisbelow(True)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=FAINT, size=8.5)
+
+
+def _labels_at_the_end(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Names at the right of their lines, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    least, at = 0.06 * (high - low), -math.inf
+    for y, name, ink in sorted(ends):
+        at = max(y, at + least)
+        axes.annotate(name, (1.01, at), xycoords=axes.get_yaxis_transform(), color=ink, va="center", size=8.5)
+
+
+def _aucs(row: Row) -> list[float]:
+    return [v for v in row.method.values["auc"] if not math.isnan(v)] if row.method else []
+
+
+def _weights_of(run: Run) -> pl.DataFrame:
+    return pl.read_parquet(io.BytesIO(storage.read_bytes(run.weights)), columns=["category", "behaviours", "weight"])
+
+
+def _repeated(colours: Sequence[str], n: int) -> list[str]:
+    return [colours[i % len(colours)] for i in range(n)]

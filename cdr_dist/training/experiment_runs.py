@@ -1,0 +1,252 @@
+"""Many runs, as many at once as fit: in processes of this machine, or as tasks of a Ray cluster.
+
+A run that fails does not end the others: what became of each is an `Outcome`.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from cdr_dist.configuration import TrainConfig
+from cdr_dist.data import storage
+from cdr_dist.errors import Stopped, UserError
+from cdr_dist.training.experiment import Plan
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a run came to: a summary, or one line that says why there is none."""
+
+    summary: dict[str, Any] | None = None
+    failure: str = ""
+    mistake: bool = False
+    """Whether the failure is one that the user can mend."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    plan: Plan
+    ended: Ended
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """With the names that the experiment knows the run's data, model and method by."""
+        if self.ended.summary is None:
+            return None
+        data, model, method = self.plan.cell
+        before = self.ended.summary
+        return before | {"data": (before.get("data") or {}) | {"name": data}, "model": model, "recipe": method}
+
+
+class Places(Protocol):
+    """Where runs take place."""
+
+    def start(self, number: int, words: list[str]) -> None:
+        """Begins run `number`."""
+
+    def next(self) -> tuple[int, Ended]:
+        """Waits for one of those that were started."""
+
+    def close(self) -> None:
+        """Asks what still runs to stop, which leaves checkpoints to continue from."""
+
+
+Run = Callable[[list[str]], Ended]
+
+
+def run_all(todo: Sequence[Plan], places: Places, at_once: int, quiet: bool = False) -> list[Outcome]:
+    """Trains every plan, `at_once` at a time; finished ones are read. In the order of plans."""
+    ended: dict[int, Ended] = {}
+    waiting = list(enumerate(todo))[::-1]
+    with tqdm(total=len(todo), unit="run", disable=quiet) as bar:
+        running = 0
+        while waiting or running:
+            while waiting and running < at_once:
+                number, plan = waiting.pop()
+                places.start(number, plan.words)
+                running += 1
+            number, result = places.next()
+            running -= 1
+            ended[number] = _found(todo[number], result)
+            bar.set_postfix_str(_told(todo[number], ended[number]))
+            bar.update()
+            if result.failure:
+                bar.write(f"failed: {todo[number]}: {result.failure}", file=sys.stderr)
+    return [Outcome(plan, ended[number]) for number, plan in enumerate(todo)]
+
+
+def _found(plan: Plan, ended: Ended) -> Ended:
+    """A run that went well on another machine, in a folder that only that one has, is of no use here."""
+    if ended.summary is None or storage.exists(plan.run):
+        return ended
+    return Ended(
+        None, f"{plan.run} is not here: on a cluster runs= is a folder that all machines share, or s3://", True
+    )
+
+
+def _told(plan: Plan, ended: Ended) -> str:
+    if ended.summary is None:
+        return f"{plan} failed"
+    return f"{plan} valid AUC {ended.summary['metrics']['valid']['auc']:.4f}"
+
+
+def run_one(words: list[str]) -> Ended:
+    """Trains. Everything that goes wrong becomes a line, because the other runs go on."""
+    from cdr_dist.configuration import from_words
+    from cdr_dist.data.demo import dataset_of
+    from cdr_dist.training.launch import train
+
+    try:
+        config = from_words(words)
+        return Ended(train(config, dataset_of(config.data), quiet=True))
+    except UserError as error:
+        return Ended(None, _line(str(error)), True)
+    except Stopped:
+        return Ended(None, "stopped; the same command continues")
+    except Exception as error:
+        traceback.print_exc()
+        return Ended(None, _line(f"{type(error).__name__}: {error}"))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
+def parallel_of(given: str, configs: Sequence[TrainConfig], cores: int) -> int:
+    """`parallel=`: a number, or auto: cores / the threads of the widest run."""
+    if given != "auto":
+        return int(given)
+    return max(1, cores // max((cores_of(config) for config in configs), default=1))
+
+
+def cores_of(config: TrainConfig) -> int:
+    return config.trainer.threads * max(config.trainer.workers, 1)
+
+
+def cores_of_task(config: TrainConfig) -> int:
+    """What Ray sets aside for the task itself: nothing where the run's own workers have their share."""
+    return 0 if config.trainer.workers else config.trainer.threads
+
+
+def places_of(configs: Sequence[TrainConfig]) -> Places:
+    """Ray where RAY_ADDRESS names a cluster, otherwise this machine."""
+    if os.environ.get("RAY_ADDRESS"):
+        return RayTasks(max((cores_of_task(config) for config in configs), default=1))
+    return Processes()
+
+
+def cores_of_places(places: Places) -> int:
+    return places.cores() if isinstance(places, RayTasks) else len(os.sched_getaffinity(0))
+
+
+class Processes:
+    """Processes of this machine, each for one run after another. A killed one takes only its own run along."""
+
+    def __init__(self, run: Run = run_one) -> None:
+        self._run = run
+        self._idle: list[_Process] = []
+        self._busy: dict[Connection, tuple[int, _Process]] = {}
+
+    def start(self, number: int, words: list[str]) -> None:
+        process = self._idle.pop() if self._idle else _Process(self._run)
+        process.line.send(words)
+        self._busy[process.line] = number, process
+
+    def next(self) -> tuple[int, Ended]:
+        line = wait(list(self._busy))[0]
+        number, process = self._busy.pop(line)  # type: ignore[call-overload]
+        try:
+            ended: Ended = process.line.recv()
+        except (EOFError, ConnectionError):
+            return number, Ended(None, process.epitaph())
+        self._idle.append(process)
+        return number, ended
+
+    def close(self) -> None:
+        for _, process in self._busy.values():
+            process.stop()
+        for process in [*self._idle, *(process for _, process in self._busy.values())]:
+            process.join()
+        self._idle, self._busy = [], {}
+
+
+class _Process:
+    """A child that answers words with `Ended` until its line is closed, also by our death."""
+
+    def __init__(self, run: Run) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.line, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, run))
+        self._process.start()
+        theirs.close()
+
+    def epitaph(self) -> str:
+        self._process.join()
+        code = self._process.exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"its process {how}" + ("; out of memory?" if code == -signal.SIGKILL else "")
+
+    def stop(self) -> None:
+        with suppress(ProcessLookupError):
+            self._process.terminate()  # a run then ends after its step, with a checkpoint
+
+    def join(self) -> None:
+        self.line.close()
+        self._process.join()
+
+
+def _serve(line: Connection, run: Run) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches our parent, too, which asks us to stop
+    with suppress(EOFError, ConnectionError):
+        while True:
+            line.send(run(line.recv()))
+
+
+class RayTasks:
+    """Tasks of the cluster at RAY_ADDRESS."""
+
+    def __init__(self, cores: int) -> None:
+        import ray
+
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
+        threads = {"env_vars": {"OMP_NUM_THREADS": "1"}}
+        self._task: Any = ray.remote(num_cpus=cores, max_retries=0, runtime_env=threads)(run_one)
+        self._running: dict[Any, int] = {}
+
+    def cores(self) -> int:
+        import ray
+
+        return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    def start(self, number: int, words: list[str]) -> None:
+        self._running[self._task.remote(words)] = number
+
+    def next(self) -> tuple[int, Ended]:
+        import ray
+        from ray.exceptions import RayError
+
+        ready = ray.wait(list(self._running))[0][0]
+        number = self._running.pop(ready)
+        try:
+            return number, ray.get(ready)
+        except RayError as error:  # what run_one raises, it catches: a lost process or machine
+            return number, Ended(None, _line(f"its process was lost ({type(error).__name__})"))
+
+    def close(self) -> None:
+        import ray
+
+        for task in self._running:
+            ray.cancel(task)
+        ray.shutdown()
