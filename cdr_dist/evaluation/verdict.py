@@ -1,0 +1,204 @@
+"""Should I transfer, what, and from where? What an audit's scores say, with intervals.
+
+The methods that are compared are chosen by their validation AUC: the best single-domain one, and of each source the
+best that uses it. Their difference is then measured on the test rows, which no choice has looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdr_dist.evaluation.significance import PairedDifference, paired_bootstrap
+from cdr_dist.evaluation.table import markdown
+
+GROUPS = {"cold (1 or 2)": (1, 2), "short (3 to 9)": (3, 9), "long (10 and more)": (10, math.inf)}
+"""Users by their training behaviours in the target: name -> least, most."""
+FEWEST_USERS = 30
+"""Of a smaller group nothing is said."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One method with its options tuned. valid, test: AUC by seed. scores: [seeds, rows] of the test rows."""
+
+    name: str
+    valid: list[float]
+    test: list[float]
+    scores: NDArray[np.float64]
+    seconds: float = 0.0
+    passes: float = 0.0
+    words: str = ""
+
+    @property
+    def validation(self) -> float:
+        return float(np.mean(self.valid))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The test rows, the same for all methods: user and label [rows]; behaviours: of each row's user, in training."""
+
+    user: NDArray[np.int64]
+    label: NDArray[np.float64]
+    behaviours: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Category:
+    """A source category: its mean weight (1: what joint training gives each behaviour), 95% over seeds."""
+
+    name: str
+    behaviours: int
+    weight: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        return "more" if self.low > 1 else "less" if self.high < 1 else "as all"
+
+
+@dataclass(frozen=True)
+class OfSource:
+    """What one source, or several together, does for the target."""
+
+    name: str
+    single: Tried
+    best: Tried
+    tried: list[Tried]
+    difference: PairedDifference
+    groups: dict[str, tuple[int, PairedDifference]]  # group -> users, difference
+    categories: list[Category]
+
+    @property
+    def verdict(self) -> str:
+        """yes, no (it does harm), or not shown: the interval holds 0."""
+        if self.difference.low > 0:
+            return "yes"
+        return "no" if self.difference.high < 0 else "not shown"
+
+
+def judge(
+    name: str, rows: Rows, singles: Sequence[Tried], tried: Sequence[Tried], categories: Sequence[Category] = ()
+) -> OfSource:
+    single = max(singles, key=lambda of: of.validation)
+    best = max(tried, key=lambda of: of.validation)
+    everyone = np.ones(len(rows.user), dtype=bool)
+    groups = {}
+    for group, (least, most) in GROUPS.items():
+        inside = (rows.behaviours >= least) & (rows.behaviours <= most)
+        users = len(np.unique(rows.user[inside]))
+        if users >= FEWEST_USERS:
+            groups[group] = users, _difference(rows, inside, best, single)
+    ordered = sorted(categories, key=lambda c: -c.weight)
+    return OfSource(name, single, best, list(tried), _difference(rows, everyone, best, single), groups, ordered)
+
+
+def _difference(rows: Rows, inside: NDArray[np.bool_], best: Tried, single: Tried) -> PairedDifference:
+    """One scorer without seeds (popularity) stands against every seed of the other."""
+    a, b = best.scores[:, inside], single.scores[:, inside]
+    seeds = max(len(a), len(b))
+    a, b = (np.broadcast_to(x, (seeds, x.shape[1])) if len(x) == 1 else x for x in (a, b))
+    return paired_bootstrap(rows.user[inside], rows.label[inside], a, b)
+
+
+def recommended(found: Sequence[OfSource]) -> OfSource | None:
+    """The source with the largest gain that is shown; None: train on the target alone."""
+    shown = [of for of in found if of.verdict == "yes"]
+    return max(shown, key=lambda of: of.difference.difference, default=None)
+
+
+def sentence(found: Sequence[OfSource]) -> str:
+    """The answer, in one or two sentences."""
+    best = recommended(found)
+    single = found[0].single
+    if best is None:
+        harmful = [of.name for of in found if of.verdict == "no"]
+        why = f"{', '.join(harmful)} does harm" if harmful else "no source shows a gain"
+        return f"No: {why}. Train {single.name} on the target alone (test AUC {np.mean(single.test):.4f})."
+    d = best.difference
+    return (
+        f"Yes: from {best.name}, by {best.best.name}. Test AUC {np.mean(best.best.test):.4f} against "
+        f"{np.mean(single.test):.4f} of {single.name}, the best without a source: {d.difference:+.4f} "
+        f"({d.low:+.4f} … {d.high:+.4f})."
+    )
+
+
+def tables(singles: Sequence[Tried], found: Sequence[OfSource]) -> dict[str, str]:
+    """Title -> Markdown: the sources, all methods, user groups, categories."""
+    named = [("target alone", of) for of in singles] + [(source.name, of) for source in found for of in source.tried]
+    methods = [
+        [where, of.name, f"{of.validation:.4f}", _mean_sd(of.test), f"{of.seconds:.1f}", f"{of.passes:.0f}", of.words]
+        for where, of in named
+    ]
+    sources = [
+        [of.name, of.verdict, of.best.name, of.single.name, *_interval(of.difference), _cost(of)] for of in found
+    ]
+    groups = [
+        [of.name, group, f"{users:,}", *_interval(difference)]
+        for of in found
+        for group, (users, difference) in of.groups.items()
+    ]
+    categories = [
+        [of.name, c.name, f"{c.behaviours:,}", f"{c.weight:.2f}", f"{c.low:.2f} … {c.high:.2f}", c.verdict]
+        for of in found
+        for c in of.categories
+    ]
+    interval = ["test AUC gained", "95%", "p"]
+    return {
+        "Sources": markdown(["source", "transfer?", "method", "against", *interval, "cost"], sources, left=4),
+        "Methods": markdown(
+            ["source", "method", "valid AUC", "test AUC", "seconds", "backward passes", "chosen"], methods, left=2
+        ),
+        "Users by their training behaviours": markdown(["source", "users", "number", *interval], groups, left=2),
+        "Source categories, as BIAO weighs them": markdown(
+            ["source", "category", "behaviours", "weight", "95% over seeds", "counts"], categories, left=2
+        )
+        if categories
+        else "",
+    }
+
+
+def _mean_sd(values: Sequence[float]) -> str:
+    spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{spread}"
+
+
+def _interval(of: PairedDifference) -> list[str]:
+    return [f"{of.difference:+.4f}", f"{of.low:+.4f} … {of.high:+.4f}", f"{of.p:.3f}"]
+
+
+def _cost(of: OfSource) -> str:
+    """Training time against the single-domain method's."""
+    return f"{of.best.seconds / of.single.seconds:.1f} x" if of.single.seconds else f"{of.best.seconds:.0f} s"
+
+
+def to_json(found: Sequence[OfSource]) -> Mapping[str, object]:
+    best = recommended(found)
+    return {
+        "transfer": best is not None,
+        "source": best.name if best else None,
+        "method": best.best.name if best else found[0].single.name,
+        "sentence": sentence(found),
+        "sources": [
+            {
+                "name": of.name,
+                "verdict": of.verdict,
+                "method": of.best.name,
+                "words": of.best.words,
+                "against": of.single.name,
+                **{n: getattr(of.difference, n) for n in ("difference", "low", "high", "p")},
+                "groups": {
+                    group: {"users": users, **{n: getattr(d, n) for n in ("difference", "low", "high")}}
+                    for group, (users, d) in of.groups.items()
+                },
+                "categories": {c.name: {"weight": c.weight, "low": c.low, "high": c.high} for c in of.categories},
+            }
+            for of in found
+        ],
+    }

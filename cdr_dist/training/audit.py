@@ -1,0 +1,290 @@
+"""The work of jobs/audit.py: raw logs or datasets in, the answer to "should I transfer?" out.
+
+Everything is tuned alike: popularity has nothing to tune, every other method has as many trials of a search on
+validation data, on a seed that is not reported. Several sources share the target's users and test rows (users=target),
+and are tried together, too.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from cdr_dist.data import storage
+from cdr_dist.data.dataset import Manifest, read_manifest
+from cdr_dist.data.demo import dataset_of
+from cdr_dist.data.prepare import prepare
+from cdr_dist.data.prepare_options import option_names, options_from_words
+from cdr_dist.errors import UserError
+from cdr_dist.evaluation import verdict
+from cdr_dist.evaluation.popularity import popularity, training_behaviours
+from cdr_dist.evaluation.verdict import Category, OfSource, Rows, Tried
+from cdr_dist.training import experiment_runs
+from cdr_dist.training.experiment import Experiment, Plan, Search, check_words, plans
+from cdr_dist.training.experiment_runs import Outcome, Places, cores_of_places, parallel_of, run_all
+from cdr_dist.training.run_folder import SCORES
+from cdr_dist.training.search import search_all
+
+OWN = {"seeds": "3", "first_seed": "8", "budget": "6", "parallel": "auto", "model": "conet", "out": "", "data": ""}
+SPACE: dict[str, Any] = {
+    "tables.lr": [0.02, 0.3, "log"],
+    "dense.lr": [0.0005, 0.005, "log"],
+    "upper.gamma0": [0.25, 1.0, 4.0],
+}
+TRANSFER = {m: [f"recipe={m}"] for m in ("source_features", "joint", "biao")}
+COMMON = ["trainer.workers=0", "trainer.checkpoint_every=0"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The words of the job, read. data: name -> dataset folder, the first one's target is everybody's."""
+
+    data: dict[str, str]
+    model: str
+    seeds: range
+    budget: int
+    parallel: str
+    out: Path
+    words: list[str]
+
+
+def audit_job(words: Sequence[str]) -> None:
+    """Words: source= target= (and any option of prepare), or data=; seeds= budget= model= out=; any option of train."""
+    request = read_words(words)
+    found, singles = audit(request)
+    request.out.mkdir(parents=True, exist_ok=True)
+    text = report(request, found, singles, words)
+    (request.out / "audit.md").write_text(text)
+    (request.out / "audit.json").write_text(json.dumps(verdict.to_json(found), indent=1) + "\n")
+    print(f"{text}\n{request.out}/audit.md")
+
+
+def read_words(words: Sequence[str]) -> Request:
+    """Prepares the datasets where raw logs are given. UserError: a word that is nobody's, too few sources."""
+    given, of_prepare, of_train = dict(OWN), [], []
+    for word in words:
+        key, separator, value = word.partition("=")
+        if not separator:
+            raise UserError(f"'{word}': options are written key=value")
+        if key in OWN:
+            given[key] = value
+        else:
+            (of_prepare if key in option_names() else of_train).append(word)
+    numbers = {}
+    for key, least in (("seeds", 2), ("first_seed", 1), ("budget", 1)):
+        if not given[key].isdigit() or int(given[key]) < least:
+            raise UserError(f"{key}={given[key]}: must be a whole number, at least {least}")
+        numbers[key] = int(given[key])
+    logs = [word for word in of_prepare if word.startswith(("source=", "target="))]
+    if bool(given["data"]) == bool(logs):
+        raise UserError("give source= and target=, or data=FOLDER[,FOLDER…] of jobs/prepare.py")
+    out = Path(given["out"] or "runs/audit").expanduser().absolute()
+    data = _datasets(given["data"], of_prepare) if given["data"] else _prepared(of_prepare, out / "datasets")
+    _check_same_target(data)
+    return Request(
+        data,
+        given["model"],
+        range(numbers["first_seed"], numbers["first_seed"] + numbers["seeds"]),
+        numbers["budget"],
+        given["parallel"],
+        out,
+        of_train,
+    )
+
+
+def _datasets(given: str, of_prepare: Sequence[str]) -> dict[str, str]:
+    if of_prepare:
+        raise UserError(f"{of_prepare[0]}: is of jobs/prepare.py; data= names datasets that are prepared already")
+    folders = [dataset_of(folder) for folder in given.split(",")]
+    found = {folder.rstrip("/").rpartition("/")[2]: folder for folder in folders}
+    if len(found) < len(folders):
+        raise UserError(f"data={given}: two folders have one name; rename one of them")
+    return {name: f if "://" in f else str(Path(f).absolute()) for name, f in found.items()}
+
+
+def _prepared(words: Sequence[str], folder: Path) -> dict[str, str]:
+    """A dataset for every source, and where there are several, one of all of them."""
+    named = dict(word.split("=", 1) for word in words)
+    logs, count = named.get("source", "").split(","), len(named.get("source", "").split(","))
+    if count > 1:
+        named.setdefault("users", "target")
+    of_each = {key: named[key].split(",") for key in ("source_items", "source_domain") if named.get(key)}
+    found: dict[str, str] = {}
+    for number in [*range(count), *([None] if count > 1 else [])]:
+        own = dict(named)
+        if number is not None:
+            own |= {"source": logs[number]} | {key: of[number] for key, of in of_each.items() if len(of) == count}
+        name = _name(own) if number is not None else " + ".join(found)
+        out = folder / name.replace(" + ", "+")
+        prepare(options_from_words([f"{key}={value}" for key, value in own.items() if value] + [f"out={out}"]))
+        found[name] = str(out)
+    return found
+
+
+def _name(words: dict[str, str]) -> str:
+    from cdr_dist.data.sources import table
+
+    return words.get("source_domain") or table.domain_name(words.get("source", ""))
+
+
+def _check_same_target(data: dict[str, str]) -> None:
+    manifests = {name: read_manifest(folder) for name, folder in data.items()}
+    first, *others = manifests.items()
+    for name, other in others:
+        for split in ("valid", "test"):
+            if other.examples(split) != first[1].examples(split) or other.label != first[1].label:
+                raise UserError(
+                    f"{first[0]} and {name} have other {split} rows, so no answer could compare them: prepare both of "
+                    "the same target log with users=target and the same options"
+                )
+
+
+def experiments(request: Request, label: str) -> tuple[Experiment, Experiment]:
+    """The single-domain methods on the first dataset, and those of transfer on all of them."""
+    data = {name: [f"data={folder}"] for name, folder in request.data.items()}
+    singles = {
+        "BPR-MF" if label == "sampled" else "MF": [
+            "model=mf",
+            "recipe=target_only",
+            f"model.loss={'bpr' if label == 'sampled' else 'bce'}",
+        ],
+        "target_only": ["recipe=target_only"],
+    }
+    models = {request.model: [f"model={request.model}"]}
+
+    def of(name: str, methods: dict[str, list[str]], on: dict[str, list[str]]) -> Experiment:
+        only = {
+            "upper.gamma0": [m for m in methods if m in ("joint", "biao")],
+            "dense.lr": [m for m in methods if not m.endswith("MF")],
+        }
+        space = {option: values for option, values in SPACE.items() if only.get(option, methods)}
+        search = Search(space, request.budget, only={o: m for o, m in only.items() if o in space}, together=2)
+        return Experiment(name, methods, models=models, data=on, common=COMMON, search=search)
+
+    first = next(iter(data))
+    return of("single", singles, {first: data[first]}), of("transfer", TRANSFER, data)
+
+
+def audit(request: Request, places: Places | None = None) -> tuple[list[OfSource], list[Tried]]:
+    """Runs what is missing, and judges. UserError: a method none of whose runs came through."""
+    folder = next(iter(request.data.values()))
+    manifest = read_manifest(folder)
+    rows = popularity(folder, manifest, "test")
+    of_user = training_behaviours(folder, manifest)
+    known = Rows(rows.user, rows.label, of_user[rows.user])
+    valid = popularity(folder, manifest, "valid")
+    popular = Tried("popularity", [valid.compute()["auc"]], [rows.compute()["auc"]], rows.score[None])
+    done: dict[tuple[str, str], list[Outcome]] = {}
+    of_words: dict[tuple[str, str], str] = {}
+    both = experiments(request, manifest.label)
+    runs = {one.name: str(request.out / "runs" / one.name) for one in both}
+    seed = request.seeds.start - 1
+    configs = [c for one in both for c in check_words(plans(one, [seed], runs[one.name], request.words))]
+    places = places or experiment_runs.places_of(configs)
+    try:
+        at_once = parallel_of(request.parallel, configs, cores_of_places(places))
+        for one in both:
+
+            def run(todo: list[Plan]) -> list[Outcome]:
+                return run_all(todo, places, at_once)
+
+            best = search_all(one, seed, runs[one.name], request.words, request.out / f"search-{one.name}", run)
+            words = {cell: found.words for cell, found in best.items()}
+            for outcome in run_all(plans(one, request.seeds, runs[one.name], request.words, words), places, at_once):
+                key = outcome.plan.cell.data, outcome.plan.cell.method
+                done.setdefault(key, []).append(outcome)
+                of_words[key] = " ".join(words[outcome.plan.cell])
+    finally:
+        places.close()
+    first = next(iter(request.data))
+    singles = [popular, *(_tried(done[first, m], of_words[first, m], rows) for m in both[0].methods)]
+    found = []
+    for name, own in request.data.items():
+        tried = [_tried(done[name, m], of_words[name, m], rows) for m in TRANSFER]
+        categories = _categories(own, read_manifest(own), done[name, "biao"])
+        found.append(verdict.judge(name, known, singles, tried, categories))
+    return found, singles
+
+
+def _tried(outcomes: Sequence[Outcome], words: str, rows: Any) -> Tried:
+    """The seeds that came through."""
+    good = [o for o in outcomes if o.summary is not None]
+    cell = outcomes[0].plan.cell
+    if not good:
+        raise UserError(f"{cell}: no run came through: {outcomes[0].ended.failure}")
+    scores = []
+    for outcome in good:
+        frame = pl.read_parquet(io.BytesIO(storage.read_bytes(storage.join(outcome.plan.run, SCORES))))
+        same = np.array_equal(frame["user"].to_numpy(), rows.user) and np.array_equal(frame["label"], rows.label)
+        if not same:
+            raise UserError(f"{cell}: has other test rows than {next(iter(outcomes)).plan.cell.data}")
+        scores.append(frame["score"].to_numpy())
+    summaries = [o.summary for o in good if o.summary is not None]
+
+    def mean(of: str, *names: str) -> float:
+        return float(np.mean([sum(s[of][n] or 0.0 for n in names) for s in summaries]))
+
+    return Tried(
+        cell.method,
+        [s["metrics"]["valid"]["auc"] for s in summaries],
+        [s["metrics"]["test"]["auc"] for s in summaries],
+        np.stack(scores),
+        mean("throughput", "train_s"),
+        mean("backward_passes", "lower", "head", "upper"),
+        words,
+    )
+
+
+def _categories(folder: str, manifest: Manifest, outcomes: Sequence[Outcome]) -> list[Category]:
+    """BIAO's mean weights over seeds, relative to the mean over all behaviours, with a t interval."""
+    from scipy.stats import t
+
+    uri = storage.join(folder, manifest.vocab["source_category"].path)
+    names = pl.read_parquet(io.BytesIO(storage.read_bytes(uri))).rename({"id": "category"})
+    frames = []
+    for outcome in outcomes:
+        if outcome.summary is not None:
+            frame = pl.read_parquet(io.BytesIO(storage.read_bytes(storage.join(outcome.plan.run, "weights.parquet"))))
+            mean = np.average(frame["weight"], weights=frame["behaviours"])
+            frames.append(frame.select("category", "behaviours", pl.col("weight") / mean))
+    found = []
+    for (key, behaviours), part in (
+        pl.concat(frames)
+        .join(names.with_columns(pl.col("category").cast(pl.Int64)), on="category")
+        .group_by("key", "behaviours")
+    ):
+        weights = part["weight"].to_numpy()
+        n = len(weights)
+        half = float(t.ppf(0.975, n - 1) * weights.std(ddof=1) / math.sqrt(n)) if n > 1 else math.inf
+        found.append(
+            Category(
+                str(key),
+                int(behaviours),
+                float(weights.mean()),
+                float(weights.mean() - half),
+                float(weights.mean() + half),
+            )
+        )  # type: ignore[call-overload]
+    return found
+
+
+def report(request: Request, found: Sequence[OfSource], singles: Sequence[Tried], words: Sequence[str]) -> str:
+    parts = [f"# Should I transfer?\n\n{verdict.sentence(found)}"]
+    parts += [f"## {title}\n\n{text}" for title, text in verdict.tables(singles, found).items() if text]
+    seeds = f"{request.seeds.start} to {request.seeds.stop - 1}"
+    parts.append(
+        f"Seeds {seeds}; {request.budget} trials of a search on validation data for every method, on seed "
+        f"{request.seeds.start - 1}. A source's method and its opponent are the best on validation data; gains are "
+        "measured on test data, by a paired bootstrap over users and seeds. *not shown*: the interval holds 0."
+    )
+    parts.append(f"`python jobs/audit.py {shlex.join(words)}`\n")
+    return "\n\n".join(parts)
