@@ -53,7 +53,7 @@ def problem(copies, padding, scale):
 
 def with_gradients(function, attention, *inputs):
     out = function(*inputs)
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=out.dtype)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(out.dtype)
     return [out, *torch.autograd.grad((out * direction).sum(), [*attention.parameters(), inputs[-1]])]
 
 
@@ -236,3 +236,20 @@ def test_weights_that_are_kept_between_steps_follow_every_change(change):
     after = ours()
     assert change == "double" or not torch.equal(after, before)
     torch.testing.assert_close(after, written_out(attention, *inputs))
+
+
+@pytest.mark.parametrize("apart", [5.0, 18.0, 22.0, 29.0, 60.0])
+def test_float32_gradients_stay_finite_and_right_however_far_scores_are_apart(apart):
+    """One history's scores are all so far below another's: its masses are exp(-2 apart), their squares in the gradient."""
+    random = torch.Generator().manual_seed(5)
+    scores = torch.rand(2, 1, 3 + 2, 3, generator=random, dtype=torch.float64)  # between 3 positions, 2 behaviours
+    scores[1] -= apart - 1
+    counted = torch.full((2, 1, 1, 3), 1 / 3, dtype=torch.float64)
+    direction = torch.rand(2, 1, 2, 3, generator=random, dtype=torch.float64)
+
+    def gradient(dtype):
+        given = scores.to(dtype).requires_grad_()
+        (module._shares(given, 2, counted.to(dtype), None) * direction.to(dtype)).sum().backward()
+        return given.grad.double()
+
+    torch.testing.assert_close(gradient(torch.float32), gradient(torch.float64), rtol=1e-3, atol=1e-6)

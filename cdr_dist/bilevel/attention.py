@@ -157,8 +157,9 @@ def _bucket(
     return _shares(scores, copies, counted, None if padding is not None else real[:, None, None, :]) @ v
 
 
-WIDE = 30.0
-"""Scores further apart than this would lose digits in the factored softmax."""
+WIDE = 20.0
+"""Scores further apart than this would leave float32 in the factored softmax: a mass may be as small as exp(-2 WIDE),
+and its gradient has the square below the line."""
 
 
 def _shares(scores: Tensor, copies: int, counted: Tensor, real: Tensor | None) -> Tensor:
