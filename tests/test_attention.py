@@ -240,7 +240,7 @@ def test_weights_that_are_kept_between_steps_follow_every_change(change):
 
 @pytest.mark.parametrize("apart", [5.0, 18.0, 22.0, 29.0, 60.0])
 def test_float32_gradients_stay_finite_and_right_however_far_scores_are_apart(apart):
-    """One history's scores are all so far below another's: its masses are exp(-2 apart), their squares in the gradient."""
+    """One history's scores are all so far below another's: masses are exp(-2 apart), squared in the gradient."""
     random = torch.Generator().manual_seed(5)
     scores = torch.rand(2, 1, 3 + 2, 3, generator=random, dtype=torch.float64)  # between 3 positions, 2 behaviours
     scores[1] -= apart - 1
