@@ -18,7 +18,7 @@ from cdr_dist.data import storage
 from cdr_dist.errors import UserError
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-KINDS = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+KINDS: tuple[str, ...] = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 BLOCK_BYTES = 1 << 24
 BATCH_ROWS = 1 << 18
 HEADER_BYTES = 1 << 16
@@ -36,13 +36,13 @@ def domain_name(uri: str) -> str:
     return name
 
 
-def files(uri: str) -> list[str]:
+def files(uri: str, kinds: tuple[str, ...] = KINDS) -> list[str]:
     """The files of a log in order: one file, all in a folder, or all that match a pattern with `*`.
 
-    UserError: nothing there, or a file whose ending is none of `KINDS`.
+    UserError: nothing there, or a file whose ending is none of `kinds`.
     """
     if storage.is_folder(uri):
-        uris = [file for file in storage.files(uri) if file.endswith(KINDS)]
+        uris = [file for file in storage.files(uri) if file.endswith(kinds)]
     elif "*" in uri:
         uris = storage.matching(uri)
     else:
@@ -50,57 +50,60 @@ def files(uri: str) -> list[str]:
     if not uris:
         raise UserError(f"{uri}: not found")
     for one in uris:
-        if not one.endswith(KINDS):
-            raise UserError(f"{one}: unknown kind of file; known endings: {', '.join(KINDS)}")
+        if not one.endswith(kinds):
+            raise UserError(f"{one}: unknown kind of file; known endings: {', '.join(kinds)}")
     return uris
 
 
 def column_names(uri: str) -> list[str]:
     """The columns of one file. UserError where it cannot be read or has no header."""
-    with storage.naming(uri):
-        return _column_names(uri)
+    if is_text(uri):
+        return text_header(uri, _dialect(uri))
+    with storage.naming(uri), storage.open_input(uri) as file:
+        return list(pq.ParquetFile(file).schema_arrow.names)
 
 
-def _column_names(uri: str) -> list[str]:
-    with storage.open_input(uri) as file:
-        if not is_text(uri):
-            return list(pq.ParquetFile(file).schema_arrow.names)
-        head = _decompressed(uri, file).read(HEADER_BYTES)
+def text_header(uri: str, dialect: csv.ParseOptions) -> list[str]:
+    """The fields of a text file's first line."""
+    with storage.naming(uri), storage.open_input(uri) as file:
+        head = decompressed(file, uri.endswith(".gz")).read(HEADER_BYTES)
         if not head:
             raise UserError(f"{uri}: is empty; its first line must name the columns")
         line = io.BytesIO(head.split(b"\n", 1)[0] + b"\n")
-        return csv.read_csv(line, parse_options=_dialect(uri)).column_names
+        return csv.read_csv(line, parse_options=dialect).column_names
 
 
 def batches(uri: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """The named columns, in file order. UserError naming the file where it is damaged, or stalls."""
-    with storage.naming(uri), _opened(uri) as file:
-        yield from _text_batches(uri, file, columns) if is_text(uri) else _parquet_batches(file, columns)
+    if is_text(uri):
+        yield from text_batches(uri, columns, _dialect(uri))
+        return
+    with storage.naming(uri), storage.open_input(uri) as file:
+        opened = pq.ParquetFile(file, pre_buffer=True)
+        for group in range(opened.num_row_groups):  # all of them at once would be buffered at once
+            yield from opened.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=columns)
 
 
-def _opened(uri: str) -> Any:
+def text_batches(uri: str, columns: list[str], dialect: csv.ParseOptions) -> Iterator[pa.RecordBatch]:
+    """The named columns of a text file, as text."""
+    with storage.naming(uri), opened_text(uri) as file:
+        yield from csv.open_csv(
+            decompressed(file, uri.endswith(".gz")),
+            read_options=csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False),  # so that errors tell the row
+            parse_options=dialect,
+            convert_options=csv.ConvertOptions(
+                include_columns=columns, column_types=dict.fromkeys(columns, pa.string())
+            ),
+        )
+
+
+def opened_text(uri: str) -> io.BufferedReader:
     """Text is read from start to end, so in large requests."""
-    file = storage.open_input(uri)
-    return io.BufferedReader(file, BLOCK_BYTES) if is_text(uri) else file
+    return io.BufferedReader(storage.open_input(uri), BLOCK_BYTES)
 
 
-def _text_batches(uri: str, file: Any, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    yield from csv.open_csv(
-        _decompressed(uri, file),
-        read_options=csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False),  # so that errors tell the row
-        parse_options=_dialect(uri),
-        convert_options=csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pa.string())),
-    )
-
-
-def _parquet_batches(file: Any, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    opened = pq.ParquetFile(file, pre_buffer=True)
-    for group in range(opened.num_row_groups):  # all of them at once would be buffered at once
-        yield from opened.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=columns)
-
-
-def _decompressed(uri: str, file: Any) -> Any:
-    return pa.CompressedInputStream(file, "gzip") if uri.endswith(".gz") else file
+def decompressed(file: Any, gzip: bool) -> Any:
+    return pa.CompressedInputStream(file, "gzip") if gzip else file
 
 
 def _dialect(uri: str) -> csv.ParseOptions:
@@ -110,7 +113,11 @@ def _dialect(uri: str) -> csv.ParseOptions:
 
 def require_columns(uri: str, needed: dict[str, str]) -> None:
     """Checks that a file has columns; `needed` maps option -> column. UserError lists what was found."""
-    found = column_names(uri)
+    require(uri, needed, column_names(uri))
+
+
+def require(uri: str, needed: dict[str, str], found: list[str]) -> None:
+    """As `require_columns`, of the columns that were found."""
     for option, column in needed.items():
         if column not in found:
             raise UserError(f"{uri}: no column '{column}' ({option}=); found: {', '.join(found)}")
