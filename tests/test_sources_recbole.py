@@ -46,7 +46,7 @@ def test_whole_floats_become_whole_timestamps(tmp_path: Path) -> None:
     uri = written(tmp_path / "a.inter", INTER)
     (batch,) = recbole.batches(uri, ["timestamp"])
     values = pl.Series("timestamp", batch["timestamp"].to_pylist())
-    assert interactions._timestamps(values, interactions._Place(uri, 2)).to_list() == [1318896000, 7]
+    assert interactions._timestamps(values, interactions._Place(recbole, uri, 2)).to_list() == [1318896000, 7]
 
 
 @pytest.mark.parametrize(

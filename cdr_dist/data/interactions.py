@@ -9,7 +9,8 @@ import polars as pl
 import pyarrow as pa
 
 from cdr_dist.data.prepare_options import Columns, PrepareOptions
-from cdr_dist.data.sources import table
+from cdr_dist.data.sources import formats
+from cdr_dist.data.sources.formats import Source
 from cdr_dist.errors import UserError
 
 SCHEMA = {
@@ -37,24 +38,25 @@ def read(uri: str, options: PrepareOptions, role: str, has_item_file: bool, pref
     prefix: of items and categories, where several domains share a role.
     UserError: unreadable file, missing column, an empty id, a rating or timestamp that is not a number.
     """
-    needed = needed_columns(options, role, table.column_names(uri), has_item_file)
-    table.require_columns(uri, needed)
-    for first, batch in table.first_rows(table.batches(uri, sorted(set(needed.values()))), uri):
-        rows = _typed(batch, needed, options, _Place(uri, first))
+    source = formats.of(options.format)
+    needed = needed_columns(options, role, source.column_names(uri), has_item_file)
+    source.require_columns(uri, needed)
+    for first, batch in source.first_rows(source.batches(uri, sorted(set(needed.values()))), uri):
+        rows = _typed(batch, needed, options, _Place(source, uri, first))
         yield rows.with_columns(_prefixed(prefix, rows[name]) for name in ("item_id", "category")) if prefix else rows
 
 
 class _Place:
     """Says where in a file the row at an index of the current batch stands."""
 
-    def __init__(self, uri: str, first: int) -> None:
+    def __init__(self, source: Source, uri: str, first: int) -> None:
         self.uri, self.first = uri, first
+        self._unit = "line" if source.is_text(uri) else "row"
 
     def error(self, bad: pl.Series, message: str, values: pl.Series | None = None) -> UserError:
         index = int(bad.arg_max() or 0)
-        unit = "line" if table.is_text(self.uri) else "row"
         shown = "" if values is None or values[index] in (None, "") else f" '{values[index]}'"
-        return UserError(f"{self.uri}: {unit} {self.first + index}: " + message.format(shown or " (empty)"))
+        return UserError(f"{self.uri}: {self._unit} {self.first + index}: " + message.format(shown or " (empty)"))
 
 
 def _typed(batch: pa.RecordBatch, needed: dict[str, str], options: PrepareOptions, place: _Place) -> pl.DataFrame:
@@ -124,9 +126,10 @@ def user_bucket(user_ids: pl.Series, buckets: int) -> np.ndarray:
 
 def check_item_file(uri: str, options: PrepareOptions, role: str) -> None:
     """UserError: missing, unreadable, not one file, or without the columns."""
-    if table.files(uri) != [uri]:
+    source = formats.of(options.format)
+    if source.files(uri) != [uri]:
         raise UserError(f"{uri}: the items of a domain stand in one file")
-    table.require_columns(uri, _item_columns(options, role))
+    source.require_columns(uri, _item_columns(options, role))
 
 
 def _item_columns(options: PrepareOptions, role: str) -> dict[str, str]:
@@ -145,9 +148,10 @@ def read_items(uri: str, options: PrepareOptions, role: str, prefix: str = "") -
     (item, category), features = list(_item_columns(options, role).values())[:2], options.features_of(role)
     schema: dict[str, pl.DataType | type[pl.DataType]] = {"item_id": pl.String, "category": pl.String}
     parts = [pl.DataFrame(schema=schema | dict.fromkeys(features, pl.List(pl.String)))]
-    for first, batch in table.first_rows(table.batches(uri, sorted({item, category, *features})), uri):
+    source = formats.of(options.format)
+    for first, batch in source.first_rows(source.batches(uri, sorted({item, category, *features})), uri):
         raw = pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch])))
-        ids = _prefixed(prefix, _ids(raw[item], "item", _Place(uri, first)))
+        ids = _prefixed(prefix, _ids(raw[item], "item", _Place(source, uri, first)))
         named = {"item_id": ids, "category": _prefixed(prefix, _or_null(raw[category].cast(pl.String)))}
         values = {name: _values(raw[name], how, options.feature_values) for name, how in features.items()}
         parts.append(pl.DataFrame(named | values))

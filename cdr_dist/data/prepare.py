@@ -29,7 +29,7 @@ from cdr_dist.data import examples, holder, interactions, partitions, shuffle, s
 from cdr_dist.data.dataset import FIRST_ID, POSITIVES, SPLITS, Manifest, Shard, read_manifest
 from cdr_dist.data.partitions import Partition, PartitionCounts
 from cdr_dist.data.prepare_options import PrepareOptions, options_from_words
-from cdr_dist.data.sources import table
+from cdr_dist.data.sources import formats
 from cdr_dist.data.tasks import run_tasks
 from cdr_dist.data.vocabularies import Items
 from cdr_dist.errors import UserError
@@ -101,6 +101,7 @@ def prepare(options: PrepareOptions) -> Manifest:
 
 def _inputs(options: PrepareOptions) -> Inputs:
     storage.use(options.storage.options)
+    source = formats.of(options.format)
     domains = {role: _domains(options, role) for role in ("source", "target")}
     names = [domain.name for of_role in domains.values() for domain in of_role]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -108,19 +109,21 @@ def _inputs(options: PrepareOptions) -> Inputs:
     for role, of_role in domains.items():
         for domain in of_role:
             for uri in domain.files:
-                needed = interactions.needed_columns(options, role, table.column_names(uri), bool(domain.item_file))
-                table.require_columns(uri, needed)
+                needed = interactions.needed_columns(options, role, source.column_names(uri), bool(domain.item_file))
+                source.require_columns(uri, needed)
             if domain.item_file:
                 interactions.check_item_file(domain.item_file, options, role)
     files = {role: [uri for domain in of_role for uri in domain.files] for role, of_role in domains.items()}
     sizes = {uri: storage.size(uri) for uris in files.values() for uri in uris}
-    text = sum(size if uri.endswith(tuple(table.SEPARATORS)) else COMPRESSION * size for uri, size in sizes.items())
+    plain = {uri for uri in sizes if source.is_text(uri) and not uri.endswith(".gz")}
+    text = sum(size if uri in plain else COMPRESSION * size for uri, size in sizes.items())
     count = options.partitions or min(MOST_PARTITIONS, -(-text // PARTITION_BYTES))
     return Inputs(domains, {role: sum(sizes[u] for u in uris) for role, uris in files.items()}, max(1, count))
 
 
 def _domains(options: PrepareOptions, role: str) -> list[Domain]:
     """The domains of a role. UserError: other numbers of logs and of names or item files; a name with a colon."""
+    source = formats.of(options.format)
     logs = getattr(options, role).split(",") if role == "source" else [getattr(options, role)]
     given = {}
     for option in ("items", "domain"):
@@ -130,10 +133,10 @@ def _domains(options: PrepareOptions, role: str) -> list[Domain]:
             raise UserError(f"{role}_{option}={text}: {len(given[option])} for {len(logs)} logs of {role}=")
     found = []
     for log, items, own_name in zip(logs, given["items"], given["domain"], strict=True):
-        name = own_name or table.domain_name(log)
+        name = own_name or source.domain_name(log)
         if len(logs) > 1 and ":" in name:
             raise UserError(f"{role}_domain={name}: with several sources, a name has no colon")
-        found.append(Domain(name, table.files(log), items, f"{name}:" if len(logs) > 1 else ""))
+        found.append(Domain(name, source.files(log), items, f"{name}:" if len(logs) > 1 else ""))
     return found
 
 

@@ -7,13 +7,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from cdr_dist.data import scenarios
 from cdr_dist.data.feature_names import can_be_declared
 from cdr_dist.data.options import StorageOptions
 from cdr_dist.data.words import check, described, fields_of, option, values_of
 from cdr_dist.errors import UserError, nearest
 
 CHOICES = {
-    "format": ("table",),
+    "format": ("table", "amazon", "recbole"),
     "labels": ("rating", "sampled"),
     "split": ("leave_last", "time"),
     "users": ("both", "target"),
@@ -71,7 +72,7 @@ class PrepareOptions:
     )
     target: str = option("", "log of the target domain")
     out: str = option("", "folder of the dataset, local or a URI; must not hold anything else")
-    format: str = option("table", "format of the logs; table: csv, tsv (.gz as well) or Parquet")
+    format: str = option("table", "of the logs; table: csv, tsv, Parquet; amazon: review data; recbole: .inter")
     source_items: str = option("", "file of the source items' categories; with commas: a file a domain")
     target_items: str = option("", "file of the target items' categories")
     source_domain: str = option("", "name of the source domain, or names with commas; empty: the log's file name")
@@ -183,8 +184,31 @@ def option_names() -> list[str]:
 
 
 def options_from_words(words: list[str]) -> PrepareOptions:
-    """Options from `name=value` words; values are literal. UserError: unknown name, wrong type, given twice."""
+    """Options from `name=value` words; values are literal. UserError: unknown name, wrong type, given twice.
+
+    scenario= and raw= stand for the words of one of the paper's scenarios, which others of the same name replace.
+    """
+    words = with_scenario(words)[0]
     return _build(values_of(words, fields_of(PrepareOptions)))
+
+
+def with_scenario(words: list[str]) -> tuple[list[str], str]:
+    """The words with a scenario's in place of scenario= and raw=, and the scenario's name."""
+    own = {name: "" for name in ("scenario", "raw")}
+    rest = []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in own:
+            own[name] = value
+        else:
+            rest.append(word)
+    if not any(own.values()):
+        return words, ""
+    if not own["scenario"] or not own["raw"]:
+        raise UserError("scenario= and raw=, the folder of its downloads, belong together")
+    given = {word.partition("=")[0] for word in rest}
+    of_scenario = scenarios.words_of(own["scenario"], own["raw"])
+    return [word for word in of_scenario if word.partition("=")[0] not in given] + rest, own["scenario"]
 
 
 def _build(given: dict[str, Any]) -> PrepareOptions:
@@ -205,4 +229,5 @@ def describe_options() -> str:
     lines = described(shown, REQUIRED)
     lines.append(f"  {'source_columns.*, target_columns.*':34} as columns.*, for one domain's log only")
     lines.append(f"  {'source_item_columns.*, target_…':34} as item_columns.*, for one domain's item file only")
+    lines.append(f"  {'scenario=, raw=':34} options of configs/scenario/NAME.yaml, and the folder of its downloads")
     return "\n".join(lines)

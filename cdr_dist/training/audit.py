@@ -70,7 +70,9 @@ def audit_job(words: Sequence[str]) -> None:
 
 def read_words(words: Sequence[str]) -> Request:
     """Prepares the datasets where raw logs are given. UserError: a word that is nobody's, too few sources."""
-    given, of_prepare, of_train = dict(OWN), [], []
+    given = dict(OWN)
+    of_prepare: list[str] = []
+    of_train: list[str] = []
     for word in words:
         key, separator, value = word.partition("=")
         if not separator:
@@ -131,9 +133,9 @@ def _prepared(words: Sequence[str], folder: Path) -> dict[str, str]:
 
 
 def _name(words: dict[str, str]) -> str:
-    from cdr_dist.data.sources import table
+    from cdr_dist.data.sources import formats
 
-    return words.get("source_domain") or table.domain_name(words.get("source", ""))
+    return words.get("source_domain") or formats.of(words.get("format", "table")).domain_name(words.get("source", ""))
 
 
 def _check_same_target(data: dict[str, str]) -> None:
@@ -256,24 +258,14 @@ def _categories(folder: str, manifest: Manifest, outcomes: Sequence[Outcome]) ->
             frame = pl.read_parquet(io.BytesIO(storage.read_bytes(storage.join(outcome.plan.run, "weights.parquet"))))
             mean = np.average(frame["weight"], weights=frame["behaviours"])
             frames.append(frame.select("category", "behaviours", pl.col("weight") / mean))
+    named = names.with_columns(pl.col("category").cast(pl.Int64))
     found = []
-    for (key, behaviours), part in (
-        pl.concat(frames)
-        .join(names.with_columns(pl.col("category").cast(pl.Int64)), on="category")
-        .group_by("key", "behaviours")
-    ):
-        weights = part["weight"].to_numpy()
-        n = len(weights)
-        half = float(t.ppf(0.975, n - 1) * weights.std(ddof=1) / math.sqrt(n)) if n > 1 else math.inf
-        found.append(
-            Category(
-                str(key),
-                int(behaviours),
-                float(weights.mean()),
-                float(weights.mean() - half),
-                float(weights.mean() + half),
-            )
-        )  # type: ignore[call-overload]
+    for (key, behaviours), part in pl.concat(frames).join(named, on="category").group_by("key", "behaviours"):
+        weights, n = part["weight"].to_numpy(), part.height
+        mean, half = float(weights.mean()), math.inf
+        if n > 1:
+            half = float(t.ppf(0.975, n - 1) * weights.std(ddof=1) / math.sqrt(n))
+        found.append(Category(str(key), int(str(behaviours)), mean, mean - half, mean + half))
     return found
 
 
