@@ -32,19 +32,19 @@ def bars(found: Findings, models: Mapping[str, Sequence[Row]]) -> Any:
     for axes, (model, rows) in zip(panels, models.items(), strict=True):
         for i, row in enumerate(rows):
             values = _aucs(row)
-            axes.text(-0.015, i, row.name, transform=axes.get_yaxis_transform(), ha="right", va="center", color=INK)
+            axes.text(-0.015, i, row.name, transform=axes.get_yaxis_transform(), **_text("right"))
             if values:
                 bold = "bold" if row.name == found.highlighted else "normal"
                 axes.barh(i, np.mean(values) - 0.5, left=0.5, height=0.66, color=colour(found, row.name))
                 spread = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else [0.0]
                 axes.scatter(values, i + np.array(spread), s=9, color=INK, alpha=0.75, linewidths=0, zorder=3)
-                right = max([*values, row.paper_auc or 0.0]) + 0.012 * (high - low)
-                axes.text(right, i, f"{np.mean(values):.4f}", va="center", color=INK, weight=bold, size=8.5)
+                mean = f"{np.mean(values):.4f}"
+                axes.text(1.01, i, mean, transform=axes.get_yaxis_transform(), weight=bold, **_text("left"))
             else:
                 axes.text(0.5, i, " failed", va="center", color=FAINT, style="italic")
             if row.paper_auc is not None:
                 axes.scatter([row.paper_auc], [i], marker="D", s=26, facecolors="white", edgecolors=INK, zorder=4)
-        axes.set(ylim=(len(rows) - 0.4, -0.6), xlim=(low - (0.01 if low < 0.5 else 0), high + 0.13 * (high - low)))
+        axes.set(ylim=(len(rows) - 0.4, -0.6), xlim=(low - (0.01 if low < 0.5 else 0), high + 0.02 * (high - low)))
         axes.set_yticks([])
         axes.set_title(model, loc="left", color=FAINT, size=9)
         _plain(axes, "x")
@@ -93,26 +93,26 @@ def weights(found: Findings, runs: Sequence[Run], names: Mapping[int, str]) -> A
     )
     if mean.is_empty():
         return None
+    middle = float(np.average(mean["weight"], weights=mean["behaviours"]))
     cut = mean.height > HIGHEST + LOWEST
     shown = pl.concat([mean.head(HIGHEST), mean.tail(LOWEST)]) if cut else mean
     figure = _figure(7.6, 0.75 + 0.26 * (shown.height + cut))
     axes = figure.subplots()
     for i, row in enumerate(shown.iter_rows(named=True)):
         y = i + (cut and i >= HIGHEST)
-        above = row["weight"] >= 1
-        axes.barh(y, row["weight"], height=0.66, color=HIGHLIGHTED if above else OTHER)
+        axes.barh(y, row["weight"], height=0.66, color=HIGHLIGHTED if row["weight"] >= middle else OTHER)
         sd = row["sd"] or 0.0
         axes.errorbar(row["weight"], y, xerr=[[min(sd, row["weight"])], [sd]], color=INK, elinewidth=0.9, capsize=2)
         name = names.get(int(row["category"]), f"category {row['category']}")
         label = name if len(name) <= 34 else name[:33] + "…"
-        axes.text(-0.015, y, label, transform=axes.get_yaxis_transform(), ha="right", va="center", color=INK, size=8.5)
+        axes.text(-0.015, y, label, transform=axes.get_yaxis_transform(), **_text("right"))
     if cut:
         hidden = f"… {mean.height - shown.height} categories between"
         axes.text(0.0, HIGHEST, f"  {hidden}", va="center", color=FAINT, style="italic", size=8.5)
-    axes.axvline(1.0, color=INK, lw=1, ls=(0, (1, 2)))
+    axes.axvline(middle, color=INK, lw=1, ls=(0, (1, 2)))
     axes.set_yticks([])
     axes.set_ylim(shown.height + cut - 0.4, -0.6)
-    axes.set_xlabel(f"mean weight of a behaviour ({found.highlighted}; dotted: every behaviour counts the same)")
+    axes.set_xlabel(f"mean weight of a behaviour ({found.highlighted}; dotted: of all behaviours)")
     _plain(axes, "x")
     return figure
 
@@ -168,6 +168,10 @@ def _labels_at_the_end(axes: Any, ends: Sequence[tuple[float, str, str]]) -> Non
     for y, name, ink in sorted(ends):
         at = max(y, at + least)
         axes.annotate(name, (1.01, at), xycoords=axes.get_yaxis_transform(), color=ink, va="center", size=8.5)
+
+
+def _text(side: str) -> dict[str, Any]:
+    return {"ha": side, "va": "center", "color": INK, "size": 8.5}
 
 
 def _aucs(row: Row) -> list[float]:

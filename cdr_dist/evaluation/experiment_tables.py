@@ -223,7 +223,8 @@ def notes(found: Findings) -> str:
     text = (
         f"Test AUC and log-loss: mean ± standard deviation over seeds. RelaImpr: of AUC - 0.5, against {found.single}. "
         f"p, seeds: paired t-test over seeds against {found.against}. Interval and p, both: paired bootstrap over "
-        "users and seeds. Every p stands for itself: none is corrected for the number of comparisons."
+        "users and seeds. Every p stands for itself: none is corrected for the number of comparisons, nor for "
+        "picking the highest."
     )
     if found.paper and any(found.scenarios.values()):
         text += " Paper: Chen et al., WWW 2023, five seeds, on their data, which are not these files."
