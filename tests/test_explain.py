@@ -185,33 +185,39 @@ def test_histories_are_those_of_the_last_training_row(run):
         assert named
 
 
-def test_rows_without_candidates_or_histories_disturb_no_other(run):
-    on_workers(1, _scored_with_empty_ones, str(run))
+def test_rows_with_fewer_candidates_or_no_histories_disturb_no_other(run):
+    on_workers(1, _scored_with_fewer, str(run))
 
 
-def _scored_with_empty_ones(rank, run):
+CANDIDATES = [10, 3, 0, 10, 1, 7, 2, 10, 5, 4, 10, 6]
+"""Of 12 rows, which have 10; row 3 has no histories."""
+
+
+def _scored_with_fewer(rank, run):
     place = RunFolder(run)
     config = place.config()
     rows = pq.read_table(rated() / "train" / "part-00000.parquet").slice(0, 12)
-    empty = rows
+    fewer = rows
     for i, name in enumerate(rows.column_names):
-        of = 2 if name.startswith("source_candidates") else 3 if "_history_" in name else None
-        if of is not None and pa.types.is_list(rows.schema.field(i).type):  # row 2 without candidates, 3 histories
-            values = rows.column(name).to_pylist()
-            values[of] = []
-            empty = empty.set_column(i, rows.schema.field(i), pa.array(values, rows.schema.field(i).type))
+        values = rows.column(name).to_pylist()
+        if name.startswith("source_candidates_"):
+            values = [of[:count] for of, count in zip(values, CANDIDATES, strict=True)]
+        elif name.endswith(("_history_item", "_history_category")):
+            values[3] = []
+        fewer = fewer.set_column(i, rows.schema.field(i), pa.array(values, rows.schema.field(i).type))
     with best_of_run(config, config.data, place, STEPS) as session:
         score = explain.Scorer(session)
-        found, whole = score(StoredRows.of(empty)), score(StoredRows.of(rows))
+        found, whole = score(StoredRows.of(fewer)), score(StoredRows.of(rows))
         assert len(score(StoredRows.of(rows.slice(0, 0)))) == 0
-    counts = [len(of) for of in rows.column("source_candidates_item").to_pylist()]
-    ends = [sum(counts[:i]) for i in range(13)]
-    kept = torch.cat([torch.arange(ends[i], ends[i + 1]) for i in range(12) if i != 2])
-    assert torch.equal(found.item, whole.item[kept])
-    same = (kept < ends[3]) | (kept >= ends[4])
-    assert torch.allclose(found.score[same], whole.score[kept][same], rtol=1e-5, atol=1e-7)
+    kept = torch.cat([torch.arange(10 * i, 10 * i + count) for i, count in enumerate(CANDIDATES)])
+    for name in ("user", "item", "category", "timestamp", "label"):
+        assert torch.equal(getattr(found, name), getattr(whole, name)[kept]), name
+    assert torch.allclose(found.global_part, whole.global_part[kept], rtol=1e-5, atol=1e-7)
+    same = (kept < 30) | (kept >= 40)
+    assert torch.allclose(found.local_part[same], whole.local_part[kept][same], rtol=1e-5)
+    assert not torch.allclose(found.local_part[~same], whole.local_part[kept][~same], rtol=1e-5)
+    assert torch.equal(found.score, found.global_part * found.local_part)
     assert torch.isfinite(found.score).all()
-    assert not torch.allclose(found.score[~same], whole.score[kept][~same], rtol=1e-5)
 
 
 def test_row_groups_are_bounded_and_a_failure_leaves_no_file(tmp_path):
