@@ -74,7 +74,7 @@ class Batch:
 
 class BatchBuilder:
     """Turns stored rows into batches for one dataset. features: that the model reads; histories: domains whose
-    histories somebody else reads.
+    histories somebody else reads. category_of: of each domain that is read, the category of every item [rows].
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class BatchBuilder:
         self._eval_negatives = manifest.eval_negatives
         self._items = {d: manifest.rows[f"{d}_item"] for d in DOMAINS}
         domains = DOMAINS if self._source or "source" in self._histories else ("target",)
-        self._category = {d: item_categories(folder, manifest, d) for d in domains}
+        self.category_of = {d: item_categories(folder, manifest, d) for d in domains}
         self._values = {
             d: item_values(folder, manifest, d, sorted({column_of(f) for f in self._bags if f.startswith(d)}))
             for d in DOMAINS
@@ -298,7 +298,7 @@ class BatchBuilder:
         """Of so many stored rows each; a worker without rows has one empty history."""
         found = {
             domain: History.of_steps(
-                stored.lists(f"{domain}_history_item"), sizes, self._options.history_length, self._category[domain]
+                stored.lists(f"{domain}_history_item"), sizes, self._options.history_length, self.category_of[domain]
             )
             for domain in self._histories
         }
@@ -306,7 +306,7 @@ class BatchBuilder:
 
     def _of(self, domain: str, item: NDArray) -> NDArray[np.int32]:
         """The items' categories."""
-        return self._category[domain][item]
+        return self.category_of[domain][item]
 
     def _pair(self, stored: StoredRows, row: NDArray, draw: NDArray, epoch: int, k: int) -> _Pair:
         """A source behaviour of the same user, another for every `draw` of a row.

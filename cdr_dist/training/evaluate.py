@@ -14,7 +14,7 @@ import torch
 
 from cdr_dist.crash_points import durable
 from cdr_dist.data import storage
-from cdr_dist.data.stream import Place, Rows
+from cdr_dist.data.stream import Place, Rows, Stream
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
 from cdr_dist.errors import UserError
 from cdr_dist.evaluation.metrics import Predictions, ScoredRows
@@ -47,12 +47,16 @@ def score_split(session: Session, split: str) -> ScoredRows:
 def evaluation_rows(session: Session, split: str, more: Sequence[str] = ()) -> Iterator[Rows]:
     """Equally many on all workers: one that serves a lane less gets empty ones, because lookups are collective."""
     streams = session.evaluation_streams(split, more)
-    most = -(-session.config.stream.lanes // session.workers)
+    yield from lane_by_lane(streams, session.lanes_at_most, streams[0].steps_per_epoch)
+
+
+def lane_by_lane(streams: Sequence[Stream], most: int, steps: int) -> Iterator[Rows]:
+    """The first steps of one stream a lane: of each step `most` rows, empty ones behind the last lane's."""
     with contextlib.ExitStack() as ending:
         for stream in streams:
             ending.callback(stream.close)
             stream.begin(Place())
-        for step in range(streams[0].steps_per_epoch):
+        for step in range(steps):
             for i in range(most):
                 rows = streams[min(i, len(streams) - 1)].read(Place(0, step))
                 yield rows if i < len(streams) else replace(rows, stored=rows.stored.cut([0])[0])

@@ -5,27 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-import torch
-
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.demo import dataset_of
 from cdr_dist.data.shards import verify
 from cdr_dist.errors import UserError, nearest
-from cdr_dist.training.checkpoint import Checkpoints, newest
+from cdr_dist.training.best import best_of_run, best_step
 from cdr_dist.training.evaluate import evaluate
 from cdr_dist.training.full_ranking import full_ranking
 from cdr_dist.training.launch import alone, quiet_libraries
 from cdr_dist.training.options import one_of
 from cdr_dist.training.run_folder import RunFolder
-from cdr_dist.training.session import Session
-from cdr_dist.training.worker import phases_of
 
 OPTIONS = ("run", "split", "scores", "full_ks")
 
 
 def evaluation_job(words: Sequence[str]) -> None:
     """Words: run= (needed), split= (test), scores= (a Parquet file of every row's score), full_ks=. Prints JSON."""
-    given = {"split": "test"} | options(words)
+    given = {"split": "test"} | options(words, OPTIONS)
     if "run" not in given:
         raise UserError("run= is missing; see --help")
     one_of("split", given["split"], ("valid", "test"))
@@ -35,14 +31,15 @@ def evaluation_job(words: Sequence[str]) -> None:
     print(json.dumps({"run": given["run"], "step": step, "split": given["split"], "metrics": found}, indent=1))
 
 
-def options(words: Sequence[str]) -> dict[str, str]:
+def options(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
+    """The words of a job that knows few options. UserError: another one."""
     found = {}
     for word in words:
         name, separator, value = word.partition("=")
         if not separator:
             raise UserError(f"'{word}': options are written key=value")
-        if name not in OPTIONS:
-            raise UserError(f"{name}: unknown option; {nearest(name, list(OPTIONS))}")
+        if name not in known:
+            raise UserError(f"{name}: unknown option; {nearest(name, list(known))}")
         found[name] = value
     return found
 
@@ -68,28 +65,8 @@ def evaluate_run(
     config = place.config()
     step = best_step(place)
     folder = dataset_of(config.data)
-    torch.set_num_threads(config.trainer.threads)
     verify(folder, read_manifest(folder), how=config.trainer.verify)
-    with alone():
-        session = Session(config, folder, [update for phase in phases_of(config) for update in phase.cycle])
-        try:
-            checkpoints = Checkpoints(place.checkpoints, session, config.trainer.keep)
-            saved = checkpoints.of_step(step)
-            checkpoints.check_dataset(saved)
-            checkpoints.load_parameters(saved)
-            found = evaluate(session, split, scores)
-            found |= full_ranking(session, split, config.evaluation.full_ks if full_ks is None else full_ks)
-        finally:
-            session.close()
+    with alone(), best_of_run(config, folder, place, step) as session:
+        found = evaluate(session, split, scores)
+        found |= full_ranking(session, split, config.evaluation.full_ks if full_ks is None else full_ks)
     return step, {name: value if value == value else None for name, value in found.items()}
-
-
-def best_step(place: RunFolder) -> int:
-    """Of a finished run, or so far."""
-    saved = newest(place.checkpoints)
-    if saved is None:
-        raise UserError(f"{place.uri}: has no checkpoint yet")
-    step = saved.progress().best_step
-    if step < 0:
-        raise UserError(f"{place.uri}: was not validated yet, so no checkpoint is the best")
-    return step

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,20 +61,20 @@ def _train(
         start = _in_process if config.trainer.workers == 0 else _on_ray
         told: list[int] = []
         try:
-            return start(_with_absolute_paths(config), _absolute(folder), place, token, told), told
+            return start(_with_absolute_paths(config), absolute(folder), place, token, told), told
         except UserError:
             if new:
                 place.discard_unless_begun()
             raise
 
 
-def _absolute(path: str) -> str:
-    """Workers stand in folders of their own."""
+def absolute(path: str) -> str:
+    """A path or URI that workers find, too: they stand in folders of their own."""
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    start = {table: _absolute(path) for table, path in config.tables.start.items()}
+    start = {table: absolute(path) for table, path in config.tables.start.items()}
     return dataclasses.replace(config, tables=dataclasses.replace(config.tables, start=start))
 
 
@@ -122,22 +122,36 @@ def _on_ray(config: TrainConfig, folder: str, place: RunFolder, token: str, told
     from ray.train import TrainingFailedError
 
     lost = 0
+    given = {"config": to_yaml(config), "folder": folder, "run": place.uri, "token": token}
     with cluster(config.trainer.workers), stopped_by_signals(place, told):  # in this order: Ray sets its own
         check_memory_of_cluster(config, read_manifest(folder))
         while True:
             try:
-                return _trainer(config, folder, place, token).fit().return_value
+                return fit(config, place, ray_worker, given)
             except TrainingFailedError as error:
-                mistake = users_mistake(error)
-                if mistake is not None:
-                    raise UserError(mistake) from error
                 if lost == config.trainer.max_failures:
                     raise
                 lost += 1
                 print(_lost(error, lost, config.trainer.max_failures), file=sys.stderr, flush=True)
 
 
-def _trainer(config: TrainConfig, folder: str, place: RunFolder, token: str) -> Any:
+def fit(config: TrainConfig, place: RunFolder, function: Callable[[dict[str, Any]], Any], given: dict[str, Any]) -> Any:
+    """What function(given) returns on worker 0 of trainer.workers workers of Ray Train.
+
+    UserError: what any of them raised. TrainingFailedError: anything else went wrong, on any of them.
+    """
+    from ray.train import TrainingFailedError
+
+    try:
+        return _trainer(config, place, function, given).fit().return_value
+    except TrainingFailedError as error:
+        mistake = users_mistake(error)
+        if mistake is not None:
+            raise UserError(mistake) from error
+        raise
+
+
+def _trainer(config: TrainConfig, place: RunFolder, function: Callable[..., Any], given: dict[str, Any]) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -151,8 +165,8 @@ def _trainer(config: TrainConfig, folder: str, place: RunFolder, token: str) -> 
         store, ray_path = storage.locate(ray_path)
         ray_files = store.arrow()
     return Trainer(
-        ray_worker,
-        train_loop_config={"config": to_yaml(config), "folder": folder, "run": place.uri, "token": token},
+        function,
+        train_loop_config=given,
         scaling_config=ScalingConfig(num_workers=config.trainer.workers, use_gpu=cuda),
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout_s=config.trainer.hang_s),
         run_config=RunConfig(

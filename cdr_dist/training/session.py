@@ -111,6 +111,11 @@ class Session:
             for lane in lanes_of(self.rank, self.workers, lanes)
         ]
 
+    @property
+    def lanes_at_most(self) -> int:
+        """Lanes that the worker with the most of them serves."""
+        return -(-self.config.stream.lanes // self.workers)
+
     def counted(self, batch: Batch, always: bool = False) -> Batch:
         """With global_rows = the rows of all workers that have a weight: where rows are held out, only they know."""
         if self.hold_out is None and not always:

@@ -1,0 +1,48 @@
+"""The keys that users, items and categories have in the logs, by vocabulary id."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from cdr_dist.data import storage
+from cdr_dist.data.dataset import FIRST_ID, Manifest
+
+PADDING_KEY, UNKNOWN_KEY = "", "(unknown)"
+"""What ids 0 and 1 are shown as."""
+
+
+class Keys:
+    """A whole vocabulary in memory: its keys' bytes, and 8 more a key."""
+
+    def __init__(self, folder: str, manifest: Manifest, name: str) -> None:
+        uri = storage.join(folder, manifest.vocab[name].path)
+        with storage.naming(uri):
+            table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)), columns=["id", "key"])
+        ids = table.column("id").to_numpy()
+        assert np.array_equal(ids, np.arange(FIRST_ID, FIRST_ID + len(ids))), f"{uri}: ids are not 2, 3, …"
+        # Large: the offsets of a plain string array end at 2 GiB.
+        known = table.column("key").cast(pa.large_string())
+        reserved = pa.chunked_array([pa.array([PADDING_KEY, UNKNOWN_KEY], pa.large_string())])
+        self._keys = pa.chunked_array([*reserved.chunks, *known.chunks]).combine_chunks()
+
+    def __len__(self) -> int:
+        """Keys of the logs, without the reserved ids."""
+        return len(self._keys) - FIRST_ID
+
+    def of(self, ids: NDArray[np.int64]) -> pa.Array:
+        """[n] ids -> [n] keys (string)."""
+        return self._keys.take(pa.array(ids)).cast(pa.string())
+
+    def id_of(self, key: str) -> int | None:
+        found = pc.index(self._keys.slice(FIRST_ID), pa.scalar(key, pa.large_string())).as_py()
+        return None if found < 0 else found + FIRST_ID
+
+    def near(self, key: str, count: int = 3) -> list[str]:
+        """The keys around the place where this one would stand: vocabularies are sorted by key."""
+        place = pc.sum(pc.less(self._keys.slice(FIRST_ID), pa.scalar(key, pa.large_string()))).as_py() or 0
+        first = max(0, min(place - count // 2, len(self) - count))
+        return self._keys.slice(FIRST_ID + first, count).to_pylist()
