@@ -40,6 +40,7 @@ EFFECTS = (
     "run.scores",
     "run.weights",
     "run.summary",
+    "run.report",
     "run.discard",
     "run.release",
     "checkpoint.rows",

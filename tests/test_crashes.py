@@ -94,6 +94,7 @@ TRAINING = [
     Way("run.stop", main=crashes.train_until_interrupted, recovery=ANEW),
     Way("run.discard", main=crashes.train_on_what_is_refused, recovery=ANEW),
     Way("run.summary", recovery="run.scores"),
+    Way("run.report", recovery="-"),
     Way("run.release", recovery="-"),
 ]
 RENAMES = [Way("file.rename", count, recovery=ANEW) for count in range(1, 24)]
@@ -220,7 +221,8 @@ def test_training_killed_at_an_effect_recovers(way, side, tmp_path):
     STARTED.append((way, side))
     way.ready(run)
     train_killed(way, run, f"{way.effect}:{side}:{way.count}", screen)
-    recovers(run, screen, finished=(way.effect, side) in [("run.release", "before"), ("run.summary", "after")])
+    summed_up = [("run.summary", "after"), ("run.report", "before"), ("run.report", "after"), ("run.release", "before")]
+    recovers(run, screen, finished=(way.effect, side) in summed_up)
     RECOVERED.append((way, side))
 
 

@@ -14,6 +14,7 @@ import cdr_dist.training.accumulation
 import cdr_dist.training.evaluation_job
 import cdr_dist.training.job
 import cdr_dist.training.lower
+import cdr_dist.training.report
 import cdr_dist.training.upper
 import cdr_dist.training.weighting
 import cdr_dist.training.worker  # noqa: F401

@@ -24,7 +24,7 @@ from cdr_dist.training.checks import check_before_start, most_steps
 from cdr_dist.training.console import Console
 from cdr_dist.training.lease import Lease
 from cdr_dist.training.memory import check_memory, check_memory_of_cluster
-from cdr_dist.training.run_folder import RunFolder
+from cdr_dist.training.run_folder import REPORT, RunFolder
 from cdr_dist.training.start_vectors import check_start_files
 
 
@@ -46,6 +46,8 @@ def train(config: TrainConfig, folder: str, quiet: bool = False) -> dict[str, An
         raise Stopped(f"{place.uri}: stopped; the same command continues", *told[:1])
     summary = place.summary()
     assert summary is not None
+    if not storage.exists(place.file(REPORT)):  # the reason went to the screen of worker 0, which may be far away
+        print(f"{place.uri}: has no {REPORT}; python jobs/report.py run={place.uri}", file=sys.stderr, flush=True)
     return summary
 
 

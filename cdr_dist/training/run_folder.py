@@ -1,6 +1,6 @@
 """The run folder, local or in an object store: configuration, versions, metrics, checkpoints, summary, word to stop.
 
-config.yaml  versions.json  metrics.jsonl  checkpoints/  tensorboard/  summary.json  lease.json
+config.yaml  versions.json  metrics.jsonl  checkpoints/  tensorboard/  summary.json  report.html  lease.json
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ FREE_ALSO = ("trainer.shared_memory", "trainer.memory_gb", "batch.accumulate", "
 SCORES = "scores_test.parquet"
 """Every row of the test split as the best checkpoint scores it: user, example, label, score."""
 METRICS, SUMMARY, CONFIG, STOP = "metrics.jsonl", "summary.json", "config.yaml", "stop"
+REPORT = "report.html"
+"""What a finished run came to, for people; no job reads it."""
+WEIGHTS, HISTOGRAM, BY_LENGTH = "weights.parquet", "weights_histogram.parquet", "weights_by_length.parquet"
+"""With a perceptron: what `learned_weights` found."""
 FLUSH_S = 5.0
 """Object stores have no appending: metrics.jsonl is written anew, at most this often."""
 _PACKAGES = ("torch", "torchrec", "ray", "pyarrow", "numpy", "polars", "hydra-core")
@@ -60,6 +64,7 @@ class RunFolder:
         if not self.is_new() and self.config().trainer.max_steps != config.trainer.max_steps:
             with durable("run.go_on"):
                 storage.remove_file(self.file(SUMMARY))
+                storage.remove_file(self.file(REPORT))
         with durable("run.config"):
             storage.write_bytes(self.file(CONFIG), configuration.to_yaml(config).encode())
         with durable("run.versions"):

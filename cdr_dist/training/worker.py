@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import signal
+import sys
 import threading
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from cdr_dist.configuration import TrainConfig
-from cdr_dist.crash_points import durable
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.shards import verify
@@ -25,7 +24,7 @@ from cdr_dist.training.checks import build_updates
 from cdr_dist.training.digest import parameters_sha256
 from cdr_dist.training.evaluate import evaluate
 from cdr_dist.training.full_ranking import full_ranking
-from cdr_dist.training.learned_weights import against_truth, weights_by_category
+from cdr_dist.training.learned_weights import against_truth, learned_weights
 from cdr_dist.training.loop import Loop, Phase
 from cdr_dist.training.memory import check_memory_here, keep_freed_memory
 from cdr_dist.training.run_folder import SCORES, RunFolder
@@ -125,7 +124,7 @@ def _summary(
     for split, values in metrics.items():
         values |= full_ranking(session, split, config.evaluation.full_ks)
     passes = dict(session.passes)
-    weights = weights_by_category(session) if session.perceptron is not None else None
+    weights = learned_weights(session) if session.perceptron is not None else None
     predicted = p.step * loop.passes_a_step + p.upper_steps * config.hypergradient.passes
     summary: dict[str, Any] = {
         "schema": 1,
@@ -158,11 +157,23 @@ def _summary(
     if session.rank:
         return None
     if weights is not None:
-        with durable("run.weights"), storage.open_output(place.file("weights.parquet")) as out:
-            pq.write_table(weights.to_arrow(), out)
+        weights.write(place)
+        found = weights.by_category
         summary["weights"] = {
-            "mean": float(np.average(weights["weight"], weights=weights["behaviours"])),
-            "truth": against_truth(session, weights),
+            "mean": float(np.average(found["weight"], weights=found["behaviours"])),
+            "truth": against_truth(session, found),
         }
     place.write_summary(summary)
+    _report(place, session.folder)
     return summary
+
+
+def _report(place: RunFolder, folder: str) -> None:
+    """Whatever is wrong with the report, the run is finished and stays so."""
+    try:
+        from cdr_dist.training.report import write_report  # loads matplotlib
+
+        write_report(place, folder)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        print(f"{place.uri}: no report was written ({type(error).__name__}: {reason})", file=sys.stderr, flush=True)
