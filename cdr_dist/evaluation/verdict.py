@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cdr_dist.evaluation.significance import PairedDifference, paired_bootstrap
-from cdr_dist.evaluation.table import markdown
 
 GROUPS = {"cold (1 or 2)": (1, 2), "short (3 to 9)": (3, 9), "long (10 and more)": (10, math.inf)}
 """Users by their training behaviours in the target: name -> least, most."""
@@ -129,8 +129,16 @@ def sentence(found: Sequence[OfSource]) -> str:
     )
 
 
-def tables(singles: Sequence[Tried], found: Sequence[OfSource]) -> dict[str, str]:
-    """Title -> Markdown: the sources, all methods, user groups, categories."""
+class Table(NamedTuple):
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    left: int
+    """Columns that hold words."""
+
+
+def tables(singles: Sequence[Tried], found: Sequence[OfSource]) -> list[Table]:
+    """The sources, all methods, user groups, categories; none that is empty."""
     named = [("target alone", of) for of in singles] + [(source.name, of) for source in found for of in source.tried]
     methods = [
         [where, of.name, f"{of.validation:.4f}", _mean_sd(of.test), f"{of.seconds:.1f}", f"{of.passes:.0f}", of.words]
@@ -145,23 +153,28 @@ def tables(singles: Sequence[Tried], found: Sequence[OfSource]) -> dict[str, str
         for group, (users, difference) in of.groups.items()
     ]
     categories = [
-        [of.name, c.name, f"{c.behaviours:,}", f"{c.weight:.2f}", f"{c.low:.2f} … {c.high:.2f}", c.verdict]
+        [of.name, c.name, c.verdict, f"{c.behaviours:,}", f"{c.weight:.2f}", f"{c.low:.2f} … {c.high:.2f}"]
         for of in found
         for c in of.categories
     ]
-    interval = ["test AUC gained", "95%", "p"]
-    return {
-        "Sources": markdown(["source", "transfer?", "method", "against", *interval, "cost"], sources, left=4),
-        "Methods": markdown(
-            ["source", "method", "valid AUC", "test AUC", "seconds", "backward passes", "chosen"], methods, left=2
+    gain = ["test AUC gained", "95%", "p"]
+    every = [
+        Table("From where?", ["source", "transfer?", "method", "against", *gain, "time"], sources, 4),
+        Table("For whom? Users by their training behaviours", ["source", "users", "number", *gain], groups, 2),
+        Table(
+            "What? Source categories as BIAO weighs them",
+            ["source", "category", "counts", "behaviours", "weight", "95% over seeds"],
+            categories,
+            3,
         ),
-        "Users by their training behaviours": markdown(["source", "users", "number", *interval], groups, left=2),
-        "Source categories, as BIAO weighs them": markdown(
-            ["source", "category", "behaviours", "weight", "95% over seeds", "counts"], categories, left=2
-        )
-        if categories
-        else "",
-    }
+        Table(
+            "All methods",
+            ["source", "method", "valid AUC", "test AUC", "seconds", "backward passes", "chosen"],
+            methods,
+            2,
+        ),
+    ]
+    return [table for table in every if table.rows]
 
 
 def _mean_sd(values: Sequence[float]) -> str:

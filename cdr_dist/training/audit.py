@@ -26,6 +26,7 @@ from cdr_dist.data.prepare import prepare
 from cdr_dist.data.prepare_options import option_names, options_from_words
 from cdr_dist.errors import UserError
 from cdr_dist.evaluation import verdict
+from cdr_dist.evaluation.audit_page import Answer
 from cdr_dist.evaluation.popularity import popularity, training_behaviours
 from cdr_dist.evaluation.verdict import Category, OfSource, Rows, Tried
 from cdr_dist.training import experiment_runs
@@ -62,10 +63,12 @@ def audit_job(words: Sequence[str]) -> None:
     request = read_words(words)
     found, singles = audit(request)
     request.out.mkdir(parents=True, exist_ok=True)
-    text = report(request, found, singles, words)
-    (request.out / "audit.md").write_text(text)
+    command = shlex.join(["python", "jobs/audit.py", *words])
+    answer = Answer(verdict.sentence(found), verdict.tables(singles, found), notes(request), command)
+    (request.out / "audit.md").write_text(answer.markdown())
+    (request.out / "audit.html").write_text(answer.html())
     (request.out / "audit.json").write_text(json.dumps(verdict.to_json(found), indent=1) + "\n")
-    print(f"{text}\n{request.out}/audit.md")
+    print(f"{answer.markdown()}\n{request.out}/audit.html")
 
 
 def read_words(words: Sequence[str]) -> Request:
@@ -269,14 +272,10 @@ def _categories(folder: str, manifest: Manifest, outcomes: Sequence[Outcome]) ->
     return found
 
 
-def report(request: Request, found: Sequence[OfSource], singles: Sequence[Tried], words: Sequence[str]) -> str:
-    parts = [f"# Should I transfer?\n\n{verdict.sentence(found)}"]
-    parts += [f"## {title}\n\n{text}" for title, text in verdict.tables(singles, found).items() if text]
-    seeds = f"{request.seeds.start} to {request.seeds.stop - 1}"
-    parts.append(
-        f"Seeds {seeds}; {request.budget} trials of a search on validation data for every method, on seed "
-        f"{request.seeds.start - 1}. A source's method and its opponent are the best on validation data; gains are "
-        "measured on test data, by a paired bootstrap over users and seeds. *not shown*: the interval holds 0."
+def notes(request: Request) -> str:
+    return (
+        f"Seeds {request.seeds.start} to {request.seeds.stop - 1}; {request.budget} trials of a search on validation "
+        f"data for every method, on seed {request.seeds.start - 1}. A source's method and its opponent are the best on "
+        "validation data; gains are measured on test data, by a paired bootstrap over users and seeds. "
+        '"not shown": the interval holds 0. A weight of 1 is what joint training gives every behaviour.'
     )
-    parts.append(f"`python jobs/audit.py {shlex.join(words)}`\n")
-    return "\n\n".join(parts)

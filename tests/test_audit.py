@@ -1,0 +1,197 @@
+"""jobs/audit.py: the verdict on scores whose truth is known, popularity against a loop, and a whole audit in small."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import polars as pl
+import pytest
+
+from cdr_dist.data.dataset import read_manifest
+from cdr_dist.data.prepare import prepare
+from cdr_dist.data.prepare_options import options_from_words
+from cdr_dist.data.synthetic import planted_logs
+from cdr_dist.errors import UserError
+from cdr_dist.evaluation import verdict
+from cdr_dist.evaluation.audit_page import Answer
+from cdr_dist.evaluation.metrics import auc
+from cdr_dist.evaluation.popularity import PRIOR, popularity
+from cdr_dist.evaluation.verdict import Category, Rows, Tried
+from cdr_dist.training import audit as module
+from cdr_dist.training.experiment_runs import run_one
+from tests.datasets import SHAPE, rated, rows_of, sampled
+
+USERS, SEEDS = 400, 4
+
+
+def rows():
+    """Two rows a user, a like and none; behaviours 1 to 12."""
+    user = np.repeat(np.arange(USERS), 2)
+    return Rows(user, np.tile([1.0, 0.0], USERS), 1 + user % 12)
+
+
+def tried(name, signal, valid, where=None):
+    """Scores that know the label this well (on rows `where`), with another noise for every seed."""
+    known, random = rows(), np.random.default_rng(abs(hash(name)) % 1000)
+    inside = np.ones(len(known.user)) if where is None else where
+    scores = known.label * signal * inside + random.normal(size=(SEEDS, len(known.user)))
+    return Tried(name, [valid] * SEEDS, [auc(known.label, s) for s in scores], scores, seconds=2.0)
+
+
+@pytest.mark.parametrize(("signal", "expected"), [(1.5, "yes"), (0.6, "not shown"), (0.0, "no")])
+def test_the_verdict_is_the_sign_of_the_interval(signal, expected):
+    single = tried("mf", 0.6, 0.7)
+    found = verdict.judge("books", rows(), [tried("popularity", 3.0, 0.6), single], [tried("biao", signal, 0.8)])
+    assert found.verdict == expected
+    assert found.single is single, "the best by validation, whatever the test rows say"
+    assert verdict.sentence([found]).startswith("Yes" if expected == "yes" else "No")
+
+
+def test_methods_are_chosen_by_validation_alone():
+    """The transfer method that would win on the test rows lost on validation rows."""
+    lucky, chosen = tried("joint", 3.0, 0.60), tried("biao", 0.6, 0.61)
+    found = verdict.judge("books", rows(), [tried("mf", 0.6, 0.7)], [lucky, chosen])
+    assert found.best is chosen
+
+
+def test_groups_see_their_own_users_alone():
+    cold = (rows().behaviours <= 2).astype(float)
+    found = verdict.judge("books", rows(), [tried("mf", 0.0, 0.7)], [tried("biao", 2.0, 0.8, cold)])
+    gains = {name: difference.low > 0 for name, (_, difference) in found.groups.items()}
+    assert gains == {"cold (1 or 2)": True, "short (3 to 9)": False, "long (10 and more)": False}
+    assert sum(users for users, _ in found.groups.values()) == USERS
+
+
+def test_the_largest_gain_is_recommended_and_harm_is_named():
+    single = [tried("mf", 0.6, 0.7)]
+    some, more, harm = (
+        verdict.judge(n, rows(), single, [tried("biao", signal, 0.8)])
+        for n, signal in (("a", 1.3), ("b", 2.5), ("c", 0))
+    )
+    assert verdict.recommended([some, more, harm]) is more
+    assert verdict.to_json([some, more, harm])["source"] == "b"
+    assert verdict.recommended([harm]) is None
+    assert "c does harm" in verdict.sentence([harm])
+
+
+def test_a_scorer_without_seeds_stands_against_every_seed():
+    popular = Tried("popularity", [0.9], [0.5], np.zeros((1, 2 * USERS)))
+    found = verdict.judge("books", rows(), [popular], [tried("biao", 1.5, 0.8)])
+    assert found.verdict == "yes"
+    assert found.difference.difference == pytest.approx(np.mean(found.best.test) - 0.5)
+
+
+def test_categories_count_more_or_less_where_their_intervals_say_so():
+    assert [Category("x", 1, w, w - 0.1, w + 0.1).verdict for w in (1.2, 1.05, 0.8)] == ["more", "as all", "less"]
+
+
+@pytest.mark.parametrize("data", [rated, sampled])
+def test_popularity_against_a_loop(data):
+    folder, manifest = data(), read_manifest(str(data()))
+    train = rows_of(folder, "train")
+    count = {i: part["label"].to_list() for (i,), part in train.group_by("item")}
+    mean = train["label"].mean()
+
+    def score(item):
+        likes = count.get(item, [])
+        return (
+            np.log1p(len(likes)) if manifest.label == "sampled" else (sum(likes) + PRIOR * mean) / (len(likes) + PRIOR)
+        )
+
+    expected = []
+    for row in rows_of(folder, "test").sort("example_id").iter_rows(named=True):
+        expected.append((row["example_id"], row["user"], row["label"], score(row["item"])))
+        expected += [(row["example_id"], row["user"], 0.0, score(item)) for item in row["negatives_item"]]
+    found = popularity(str(folder), manifest, "test")
+    np.testing.assert_allclose(np.stack([found.group, found.user, found.label, found.score]).T, expected)
+
+
+class Here:
+    """Runs take place in this process."""
+
+    def __init__(self):
+        self.done = []
+
+    def start(self, number, words):
+        self.done.append((number, run_one(words)))
+
+    def next(self):
+        return self.done.pop(0)
+
+    def close(self):
+        pass
+
+    def cores(self):
+        return 1
+
+
+SMALL = ["seeds=2", "budget=1", "parallel=1", "trainer.max_steps=8", "batch.size=64", "batch.history_length=4"]
+
+
+class Tables(HTMLParser):
+    """Counts tables and anything that would be fetched or run."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.foreign = 0, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tables += tag == "table"
+        if tag in ("script", "link", "img", "iframe") or dict(attrs).keys() & {"src", "href"}:
+            self.foreign.append(tag)
+
+
+def test_an_audit_of_two_sources_tries_them_apart_and_together(tmp_path, monkeypatch):
+    logs = planted_logs(SHAPE)
+    logs.target.write_csv(tmp_path / "t.csv")
+    logs.source.write_csv(tmp_path / "a.csv")
+    logs.source.filter(pl.col("user_id") < "u000100").write_csv(tmp_path / "b.csv")
+    monkeypatch.setattr(module.experiment_runs, "places_of", lambda _: Here())
+    given = [f"source={tmp_path}/a.csv,{tmp_path}/b.csv", f"target={tmp_path}/t.csv", f"out={tmp_path}/out"]
+    module.audit_job([*given, *SMALL])
+    found = json.loads((tmp_path / "out/audit.json").read_text())
+    assert [source["name"] for source in found["sources"]] == ["a", "b", "a + b"]
+    assert all(source["categories"] for source in found["sources"])
+    text = (tmp_path / "out/audit.md").read_text()
+    assert text.count("| target alone |") == 3
+    page = Tables((tmp_path / "out/audit.html").read_text())
+    assert (page.tables, page.foreign) == (4, [])
+
+
+def test_names_are_escaped_in_the_page():
+    table = verdict.Table("<b>", ["<script>"], [["<img src=x>"]], 1)
+    text = Answer("No: <script>", [table], "", "x").html()
+    assert Tables(text).foreign == []
+    assert "&lt;img src=x&gt;" in text
+
+
+def test_datasets_of_other_targets_cannot_be_compared(tmp_path):
+    with pytest.raises(UserError, match="other valid rows, so no answer could compare them"):
+        module.read_words([f"data={rated()},{other(tmp_path)}", *SMALL])
+
+
+def other(folder):
+    logs = planted_logs(SHAPE)
+    logs.source.write_csv(folder / "s.csv")
+    logs.target.filter(pl.col("user_id") < "u000200").write_csv(folder / "t.csv")
+    prepare(options_from_words([f"source={folder}/s.csv", f"target={folder}/t.csv", f"out={folder}/other"]))
+    return folder / "other"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["seeds=2"], "give source= and target=, or data="),
+        (["data=x", "source=a.csv", "target=b.csv"], "give source= and target=, or data="),
+        (["data=x", "labels=sampled"], "labels=sampled: is of jobs/prepare.py"),
+        (["data=x", "seeds=1"], "seeds=1: must be a whole number, at least 2"),
+        (["data"], "'data': options are written key=value"),
+    ],
+)
+def test_a_mistake_is_one_line(words, expected):
+    with pytest.raises(UserError) as error:
+        module.read_words(words)
+    assert expected in str(error.value)
