@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from cdr_dist.data import storage
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.evaluation.charts import BLUE, ORANGE, RED, Bar, Curve, bars, curves
 from cdr_dist.jobs import run_job
@@ -358,6 +359,14 @@ def test_of_a_dataset_that_is_gone_the_numbers_stay(job, tmp_path):
     assert "category 2" in found.of("th")
 
 
+def test_a_run_in_an_object_store_has_the_page_too(store, s3, tmp_path):
+    run = f"{s3}/run"
+    train(words(rated(), run, *BIAO))
+    (tmp_path / "report.html").write_bytes(storage.read_bytes(f"{run}/report.html"))
+    assert page(tmp_path).titles() == page(biao()).titles()
+    assert "weights_histogram.parquet" in storage.names(run)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -383,20 +392,20 @@ def test_a_mistake_is_one_line(given, message, job, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium, which opens the page")
-@pytest.mark.parametrize("width", [1100, 500], ids=["desk", "phone"])
-def test_a_browser_shows_it(width, tmp_path):
+@pytest.mark.parametrize(("width", "height"), [(1100, 3000), (500, 4600)], ids=["desk", "phone"])
+def test_a_browser_shows_it(width, height, tmp_path):
     from matplotlib.image import imread
 
     shot = tmp_path / "shot.png"
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    command += [f"--user-data-dir={tmp_path}/browser", f"--screenshot={shot}", f"--window-size={width},3000"]
+    command += [f"--user-data-dir={tmp_path}/browser", f"--screenshot={shot}", f"--window-size={width},{height}"]
     subprocess.run([*command, f"file://{biao()}/report.html"], check=True, timeout=120, capture_output=True)
     picture = (imread(shot)[:, :, :3] * 255).round().astype(int)
-    assert picture.shape == (3000, width, 3)
+    assert picture.shape == (height, width, 3)
     inked = (picture < 250).any(2)
     assert 0.03 < inked.mean() < 0.5
     assert inked[:600].any()
-    assert inked[2000:].mean() > 0.01  # down to the charts of the weights
+    assert inked[height * 3 // 4 :].mean() > 0.01  # down to the charts of the weights, and further
     assert not inked[:, -10:].any()  # nothing is wider than the page
     for colour, least in [(BLUE, 0.01), (ORANGE, 1e-4), (RED, 1e-3)]:  # of the charts
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]

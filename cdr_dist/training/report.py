@@ -239,7 +239,7 @@ def _cost(summary: Mapping[str, Any]) -> Section:
         facts.append(["Reads that another replica served", f"{speed['replica_fallbacks']:,}"])
     return Section(
         "Cost",
-        "Seconds, speed and waiting are those after the first 20 steps, since the last start of the run.",
+        "Time is that since the last start of the run; seconds of training and speed leave out its first steps.",
         tables=[
             Table("Backward passes", ["Kind", "Passes", "Per step"], rows),
             Table("Time", ["What", "Value"], facts),
