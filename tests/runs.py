@@ -28,6 +28,7 @@ SMALL = [
     "upper.source_draws=2",
     "dense.lr=0.001",
     "trainer.workers=0",
+    "trainer.report=false",  # a second or two a run; tests of the page turn it on
     "trainer.max_steps=40",
 ]
 """19 steps an epoch of datasets.rated(); the last one is short."""

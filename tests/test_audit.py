@@ -150,6 +150,7 @@ def test_an_audit_of_two_sources_tries_them_apart_and_together(tmp_path, monkeyp
     logs.source.write_csv(tmp_path / "a.csv")
     logs.source.filter(pl.col("user_id") < "u000100").write_csv(tmp_path / "b.csv")
     monkeypatch.setattr(module.experiment_runs, "places_of", lambda _: Here())
+    monkeypatch.setattr(module, "TRANSFER", {"biao": ["recipe=biao"]})  # two more would take twice as long
     given = [f"source={tmp_path}/a.csv,{tmp_path}/b.csv", f"target={tmp_path}/t.csv", f"out={tmp_path}/out"]
     module.audit_job([*given, *SMALL])
     found = json.loads((tmp_path / "out/audit.json").read_text())

@@ -54,6 +54,7 @@ def given(run, *more):
         "trainer.log_every=4",
         "evaluation.every=6",
         *more,
+        "trainer.report=true",
     )
 
 

@@ -35,8 +35,9 @@ def test_bpr_is_the_log_sigmoid_of_every_pair():
 
 def test_it_learns_who_likes_what(tmp_path):
     for name, data, more in (("bpr", sampled(), []), ("bce", rated(), ["model.loss=bce"])):
-        given = [*GIVEN, *more, "tables.lr=0.3", "trainer.max_steps=300", "trainer.epochs=40", "evaluation.patience=0"]
-        train(words(data, tmp_path / name, *given, "trainer.log_every=50"))
+        given = [*GIVEN, *more, "tables.lr=0.3", "trainer.max_steps=100", "trainer.epochs=40", "evaluation.patience=0"]
+        given += ["evaluation.every=100", "trainer.checkpoint_every=0"]
+        train(words(data, tmp_path / name, *given, "trainer.log_every=20"))
         losses = [line["values"]["target_loss"] for line in lines(tmp_path / name, "train")]
         assert losses[-1] < 0.5 * losses[0], name
 

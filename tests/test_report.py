@@ -25,7 +25,13 @@ from cdr_dist.training.report_of_weights import END, LEAST, section_of_weights
 from cdr_dist.training.run_folder import RunFolder
 from tests.datasets import rated, sampled, scratch
 from tests.problem import replaced
-from tests.runs import summary, train, words
+from tests.runs import summary, train
+from tests.runs import words as without_report
+
+
+def words(*given):
+    return without_report(*given, "trainer.report=true")
+
 
 BIAO = ("recipe=biao", "trainer.log_every=5", "upper.lr=0.1", "upper.optimiser=adagrad_norm")
 WEIRD = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "$x_{", "&amp; ]]> --", "映画", "a\nb" * 40]

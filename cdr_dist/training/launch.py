@@ -46,7 +46,9 @@ def train(config: TrainConfig, folder: str, quiet: bool = False) -> dict[str, An
         raise Stopped(f"{place.uri}: stopped; the same command continues", *told[:1])
     summary = place.summary()
     assert summary is not None
-    if not storage.exists(place.file(REPORT)):  # the reason went to the screen of worker 0, which may be far away
+    if config.trainer.report and not storage.exists(
+        place.file(REPORT)
+    ):  # the reason went to the screen of worker 0, which may be far away
         print(f"{place.uri}: has no {REPORT}; python jobs/report.py run={place.uri}", file=sys.stderr, flush=True)
     return summary
 

@@ -206,6 +206,8 @@ class TrainerOptions:
     needs more is refused before it starts."""
     verify: str = "auto"
     """Shards are checked by checksum, size, or auto (checksum up to 1 GiB)."""
+    report: bool = True
+    """Whether a finished run gets its page, report.html, which takes two seconds; jobs/report.py writes it as well."""
     max_unknown: float = 0.05
     """Largest share of unknown ids among the training rows."""
 

@@ -23,7 +23,9 @@ from cdr_dist.training.lease import FILE as LEASE
 
 FREE = ("trainer.workers", "trainer.max_steps", "trainer.log_every", "trainer.checkpoint_every", "trainer.keep", "run")
 """What may differ when a run is continued (and max_steps only upwards)."""
-FREE_TOO = tuple(f"trainer.{name}" for name in ("max_failures", "verify", "checkpoint", "hang_s", "compare_every"))
+FREE_TOO = tuple(
+    f"trainer.{name}" for name in ("max_failures", "verify", "checkpoint", "hang_s", "compare_every", "report")
+)
 FREE_ALSO = ("trainer.shared_memory", "trainer.memory_gb", "batch.accumulate", "storage.")
 SCORES = "scores_test.parquet"
 """Every row of the test split as the best checkpoint scores it: user, example, label, score."""

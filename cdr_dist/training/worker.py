@@ -164,7 +164,8 @@ def _summary(
             "truth": against_truth(session, found),
         }
     place.write_summary(summary)
-    _report(place, session.folder)
+    if config.trainer.report:
+        _report(place, session.folder)
     return summary
 
 
