@@ -39,14 +39,18 @@ def run(folder, data, model, method, seed, failure="", level=None):
     label = np.tile([0.0, 1.0], 100)
     score = label * (auc - 0.5) * 3 + np.random.default_rng(seed).standard_normal(200)
     pl.DataFrame({"user": np.repeat(np.arange(50), 4), "label": label, "score": score}).write_parquet(place / "scores")
-    weights = ""
+    weights = lengths = ""
     if method == "biao":
         weights = str(place / "weights")
         weight = 1 + 0.4 * np.sin(np.arange(24)) + 0.05 * random.standard_normal(24)
         pl.DataFrame({"category": np.arange(24), "behaviours": 20 + np.arange(24), "weight": weight}).write_parquet(
             weights
         )
-    return Run(data, model, method, seed, summary(auc, auc, seed), "", str(place / "scores"), weights)
+        lengths = str(place / "lengths")
+        difference = np.arange(-20, 20)
+        by_length = {"difference": difference, "behaviours": 5 + np.abs(difference), "weight": 1 + 0.01 * difference}
+        pl.DataFrame(by_length).write_parquet(lengths)
+    return Run(data, model, method, seed, summary(auc, auc, seed), "", str(place / "scores"), weights, lengths)
 
 
 def findings(folder, failed=(), seeds=3, methods=tuple(LEVEL)[:4], data=("books-toys", "mine"), **more):

@@ -123,7 +123,7 @@ def test_the_page_is_one_file_without_scripts_or_network_and_escapes_what_it_is_
     assert not re.search(r'(?:src|href)="(?!#)', page)
     assert not re.search(r"url\((?!#)|@import", page)
     assert "a.b=1" in page
-    assert page.count("<svg") == 2 * (1 + 2)  # bars, weights of two models; of two datasets
+    assert page.count("<svg") == 2 * (1 + 2 * 2)  # bars, two of weights for each of two models; of two datasets
 
 
 def test_figures_are_the_same_bytes_every_time(tmp_path):
@@ -132,7 +132,8 @@ def test_figures_are_the_same_bytes_every_time(tmp_path):
     assert plots.as_bytes(plots.bars(found, models), "svg") == plots.as_bytes(plots.bars(found, models), "svg")
     write_report(found, tmp_path / "out")
     files = sorted(p.name for p in (tmp_path / "out" / "figures").iterdir())
-    assert files == [f"mine-{n}.{kind}" for n in ("auc", "conet-weights", "minet-weights") for kind in ("png", "svg")]
+    of_weights = [f"{model}-{of}" for model in ("conet", "minet") for of in ("lengths", "weights")]
+    assert files == [f"mine-{name}.{kind}" for name in ("auc", *of_weights) for kind in ("png", "svg")]
     ElementTree.fromstring((tmp_path / "out" / "figures" / "mine-auc.svg").read_bytes())
 
 
@@ -170,6 +171,18 @@ def test_weights_are_means_over_seeds_by_the_names_of_categories(tmp_path):
     assert "Children" in shown  # sin(8), the highest but 2, 14 and 20 of 24
     assert "… 9 categories between" in " ".join(shown)
     assert plots.weights(found, [r for r in found.runs if r.method == "joint"], {}) is None
+
+
+def test_weights_by_history_lengths_are_means_of_their_behaviours(tmp_path):
+    """On a line, whatever the groups: weight = 1 + difference / 100."""
+    found = findings(tmp_path, data=("mine",))
+    runs = [r for r in found.runs if r.labels == ("mine", "conet", "biao")]
+    line = plots.lengths(found, runs).axes[0].lines[0]
+    x, y = line.get_xdata(), line.get_ydata()
+    assert len(x) == plots.LENGTH_GROUPS
+    assert (np.diff(x) > 0).all()
+    np.testing.assert_allclose(y, 1 + 0.01 * np.asarray(x))
+    assert plots.lengths(found, [r for r in found.runs if r.method == "joint"]) is None
 
 
 def test_a_grid_is_ranked_by_validation_alone(tmp_path):

@@ -19,6 +19,7 @@ SINGLE, AGAINST, HIGHLIGHTED, OTHER = "#c3ccd6", "#7d8b9b", "#0b7a75", "#8db4c8"
 MODELS = ("#0b7a75", "#c2571a", "#3f5fa8", "#8a4f9e")
 HIGHEST, LOWEST, FEWEST = 10, 5, 5
 """Categories shown from either end, and the behaviours one needs on average to be shown."""
+LENGTH_GROUPS = 10
 
 
 def bars(found: Findings, models: Mapping[str, Sequence[Row]]) -> Any:
@@ -81,7 +82,7 @@ def curve(found: Findings, models: Mapping[str, Sequence[Row]]) -> Any:
 
 def weights(found: Findings, runs: Sequence[Run], names: Mapping[int, str]) -> Any | None:
     """Mean weight of the source's categories, highest and lowest, averaged over seeds; None without weights."""
-    frames = [_weights_of(run).with_columns(seed=pl.lit(run.seed)) for run in runs if run.weights]
+    frames = [_read(run.weights, "category").with_columns(seed=pl.lit(run.seed)) for run in runs if run.weights]
     if not frames:
         return None
     mean = (
@@ -114,6 +115,30 @@ def weights(found: Findings, runs: Sequence[Run], names: Mapping[int, str]) -> A
     axes.set_ylim(shown.height + cut - 0.4, -0.6)
     axes.set_xlabel(f"mean weight of a behaviour ({found.highlighted}; dotted: of all behaviours)")
     _plain(axes, "x")
+    return figure
+
+
+def lengths(found: Findings, runs: Sequence[Run]) -> Any | None:
+    """Mean weight by how much longer a user's source history is than the target's (the paper's Figure 4), averaged over
+    seeds, in ten groups of about as many behaviours; None without weights."""
+    frames = [_read(run.lengths, "difference").with_columns(seed=pl.lit(run.seed)) for run in runs if run.lengths]
+    if not frames:
+        return None
+    whole = pl.concat(frames).sort("difference")
+    place = (whole["behaviours"].cum_sum() - whole["behaviours"] / 2) / whole["behaviours"].sum()
+    group = (place * LENGTH_GROUPS).floor().cast(pl.Int64)
+    one = pl.DataFrame({"difference": whole["difference"], "group": group}).unique("difference", keep="first")
+    weighed = pl.col("weight").dot("behaviours") / pl.col("behaviours").sum()
+    middles = pl.col("difference").dot("behaviours") / pl.col("behaviours").sum()
+    by_seed = whole.join(one, on="difference").group_by("group", "seed").agg(weighed, middles.alias("at"))
+    mean = by_seed.group_by("group").agg(pl.col("at", "weight").mean(), pl.col("weight").std().alias("sd")).sort("at")
+    figure = _figure(7.6, 3.0)
+    axes = figure.subplots()
+    x, y, spread = (mean[name].fill_null(0.0).to_numpy().astype(np.float64) for name in ("at", "weight", "sd"))
+    axes.errorbar(x, y, yerr=np.nan_to_num(spread), color=HIGHLIGHTED, marker="o", ms=4.5, capsize=2.5, elinewidth=0.9)
+    axes.axhline(float(np.average(whole["weight"], weights=whole["behaviours"])), color=INK, lw=1, ls=(0, (1, 2)))
+    axes.set(xlabel="source minus target history length (dotted: of all behaviours)", ylabel="mean weight")
+    _plain(axes, "y")
     return figure
 
 
@@ -178,8 +203,8 @@ def _aucs(row: Row) -> list[float]:
     return [v for v in row.method.values["auc"] if not math.isnan(v)] if row.method else []
 
 
-def _weights_of(run: Run) -> pl.DataFrame:
-    return pl.read_parquet(io.BytesIO(storage.read_bytes(run.weights)), columns=["category", "behaviours", "weight"])
+def _read(uri: str, by: str) -> pl.DataFrame:
+    return pl.read_parquet(io.BytesIO(storage.read_bytes(uri)), columns=[by, "behaviours", "weight"])
 
 
 def _repeated(colours: Sequence[str], n: int) -> list[str]:

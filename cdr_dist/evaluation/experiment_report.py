@@ -103,6 +103,10 @@ def _drawings(found: Findings, data: str, models: Mapping[str, Sequence[Row]]) -
         if figure is not None:
             caption = f"What {found.highlighted} makes of the source's categories, {model}: mean over {len(runs)} seeds"
             drawn.append(_drawing(f"{data}-{model}-weights", caption, figure))
+        figure = plots.lengths(found, runs)
+        if figure is not None:
+            caption = f"What {found.highlighted} makes of history lengths, {model}: mean over {len(runs)} seeds"
+            drawn.append(_drawing(f"{data}-{model}-lengths", caption, figure))
     return drawn
 
 

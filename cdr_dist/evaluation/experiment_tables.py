@@ -35,6 +35,8 @@ class Run:
     """Parquet with user, label and score of every row of the test split; '' where there is none."""
     weights: str = ""
     """Parquet with category, behaviours and weight; '' where there is none."""
+    lengths: str = ""
+    """Parquet with difference (of history lengths, source minus target), behaviours and weight."""
 
     @property
     def labels(self) -> Labels:

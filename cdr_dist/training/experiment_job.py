@@ -33,7 +33,7 @@ from cdr_dist.training.run_folder import SCORES
 from cdr_dist.training.search import Best, chosen_yaml, ends, search_all
 
 PAPER = CONFIGS / "paper" / "biao.yaml"
-WEIGHTS = "weights.parquet"
+WEIGHTS, BY_LENGTH = "weights.parquet", "weights_by_length.parquet"
 NUMBERS = {"seeds": 1, "first_seed": 0, "budget": 0}
 """Options that are whole numbers, and the least that each may be."""
 LISTS = ("methods", "models", "data", "paper")
@@ -228,7 +228,7 @@ def _run(outcome: Outcome) -> Run:
         uri = storage.join(plan.run, name)
         return uri if summary is not None and storage.exists(uri) else ""
 
-    return Run(*plan.cell, plan.seed, summary, outcome.ended.failure, file(SCORES), file(WEIGHTS))
+    return Run(*plan.cell, plan.seed, summary, outcome.ended.failure, file(SCORES), file(WEIGHTS), file(BY_LENGTH))
 
 
 def _points(experiment: Experiment) -> dict[str, float]:
