@@ -23,6 +23,7 @@ import numpy as np
 
 from cdr_dist.data.demo import write_planted
 from cdr_dist.data.synthetic import Planted
+from cdr_dist.data.words import apart
 from cdr_dist.errors import UserError, nearest
 from cdr_dist.evaluation import verdict
 from cdr_dist.evaluation.table import markdown
@@ -41,14 +42,8 @@ FIRST_SEED = 300
 
 
 def main(words: list[str]) -> None:
-    own = {"out": "runs/audit-planted", "kinds": ",".join(KINDS), "pairs": "", "users": "2000"}
-    rest = []
-    for word in words:
-        name, _, value = word.partition("=")
-        if name in own:
-            own[name] = value
-        else:
-            rest.append(word)
+    defaults = {"out": "runs/audit-planted", "kinds": ",".join(KINDS), "pairs": "", "users": "2000"}
+    own, rest = apart(words, defaults)
     chosen = own["kinds"].split(",")
     for kind in chosen:
         if kind not in KINDS:

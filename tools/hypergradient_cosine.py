@@ -32,6 +32,7 @@ from cdr_dist.bilevel.hypergradient import Hypergradient, hypergradient
 from cdr_dist.bilevel.options import HypergradientOptions
 from cdr_dist.configuration import from_words
 from cdr_dist.data.demo import dataset_of
+from cdr_dist.data.words import apart
 from cdr_dist.errors import UserError
 from cdr_dist.evaluation.table import markdown
 from cdr_dist.jobs import run_job
@@ -118,14 +119,8 @@ def table(plan: Plan) -> str:
 
 
 def main(words: list[str]) -> None:
-    own = {"damping": "0.001,0.01,0.1", "every": "20", "steps": "40", "products": "500"}
-    rest = []
-    for word in words:
-        name, _, value = word.partition("=")
-        if name in own:
-            own[name] = value
-        else:
-            rest.append(word)
+    defaults = {"damping": "0.001,0.01,0.1", "every": "20", "steps": "40", "products": "500"}
+    own, rest = apart(words, defaults)
     try:
         dampings = [float(d) for d in own.pop("damping").split(",")]
         Compared.plan = Plan(dampings, **{name: int(value) for name, value in own.items()})

@@ -16,18 +16,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cdr_dist.data.demo import write_planted
 from cdr_dist.data.synthetic import Planted
-from cdr_dist.data.words import fields_of, values_of
+from cdr_dist.data.words import apart, fields_of, values_of
 from cdr_dist.errors import UserError
 from cdr_dist.jobs import run_job
 
 
 def main(words: list[str]) -> None:
-    out = [word.removeprefix("out=") for word in words if word.startswith("out=")]
-    if len(out) != 1 or not out[0]:
+    own, rest = apart(words, {"out": ""})
+    if not own["out"]:
         raise UserError("give out=FOLDER")
-    shape = Planted(**values_of([word for word in words if not word.startswith("out=")], fields_of(Planted)))
-    manifest = write_planted(shape, out[0])
-    print(f"{out[0]}: {manifest.counts['users']:,} users, categories: {', '.join(_kinds(shape))}")
+    shape = Planted(**values_of(rest, fields_of(Planted)))
+    manifest = write_planted(shape, own["out"])
+    print(f"{own['out']}: {manifest.counts['users']:,} users, categories: {', '.join(_kinds(shape))}")
 
 
 def _kinds(shape: Planted) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from cdr_dist.data import scenarios
 from cdr_dist.data.feature_names import can_be_declared
 from cdr_dist.data.options import StorageOptions
-from cdr_dist.data.words import check, described, fields_of, option, values_of
+from cdr_dist.data.words import apart, check, described, fields_of, option, values_of
 from cdr_dist.errors import UserError, nearest
 
 CHOICES = {
@@ -194,14 +194,7 @@ def options_from_words(words: list[str]) -> PrepareOptions:
 
 def with_scenario(words: list[str]) -> tuple[list[str], str]:
     """The words with a scenario's in place of scenario= and raw=, and the scenario's name."""
-    own = {name: "" for name in ("scenario", "raw")}
-    rest = []
-    for word in words:
-        name, _, value = word.partition("=")
-        if name in own:
-            own[name] = value
-        else:
-            rest.append(word)
+    own, rest = apart(words, {"scenario": "", "raw": ""})
     if not any(own.values()):
         return words, ""
     if not own["scenario"] or not own["raw"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cdr_dist.errors import UserError, nearest
@@ -43,6 +44,18 @@ def values_of(words: list[str], fields: Fields) -> dict[str, Any]:
         check(name not in given, f"{name}= is given twice")
         given[name] = _value(name, text, fields[name][0])
     return given
+
+
+def apart(words: Sequence[str], own: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The values of some names, over their defaults `own`, and the other words as they are."""
+    found, rest = dict(own), []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in own:
+            found[name] = value
+        else:
+            rest.append(word)
+    return found, rest
 
 
 def described(fields: Fields, required: tuple[str, ...] = ()) -> list[str]:
