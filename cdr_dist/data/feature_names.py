@@ -8,6 +8,7 @@ user, source_user                     of a row; source_user is the user once mor
 
 from __future__ import annotations
 
+import functools
 import re
 
 DOMAINS = ("target", "source")
@@ -23,6 +24,7 @@ def vocabulary_of(feature: str) -> str:
     return "user" if feature == "source_user" else feature.replace(_HISTORY, "_")
 
 
+@functools.cache
 def of_history(feature: str) -> bool:
     return _HISTORY in feature
 
@@ -38,6 +40,7 @@ def column_of(feature: str) -> str:
     return (rest if domain in DOMAINS else feature).removeprefix("history_")
 
 
+@functools.cache
 def is_bag(feature: str) -> bool:
     """Whether a row has any number of values, whose rows are summed, and not exactly one."""
     return column_of(feature) not in _TAKEN
