@@ -121,7 +121,7 @@ def with_features(batch, model):
     """A batch with what the model reads besides the rows' own features."""
     more = {f"{d}_history_{p}": getattr(of, p) for d, of in batch.histories.items() for p in ("item", "category")}
     more["source_user"] = batch.user
-    batch.train = _with_more(batch.train, {f: ids for f, ids in more.items() if f in model.spec().features})
+    batch.train = _with_more(batch.train, {f: (ids, None) for f, ids in more.items() if f in model.spec().features})
     batch.source_before = batch.histories["source"].lengths // 2
     return batch
 
