@@ -42,7 +42,8 @@ SPACE: dict[str, Any] = {
     "upper.gamma0": [0.25, 1.0, 4.0],
 }
 TRANSFER = {m: [f"recipe={m}"] for m in ("source_features", "joint", "biao")}
-COMMON = ["trainer.workers=0", "trainer.checkpoint_every=0"]
+COMMON = ["trainer.workers=0", "trainer.checkpoint_every=0", "trainer.epochs=40", "evaluation.patience=6"]
+"""Time enough for every method: a learning curve that rests for a while is no end yet."""
 
 
 @dataclass(frozen=True)
