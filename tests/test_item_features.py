@@ -19,7 +19,7 @@ from cdr_dist.training.launch import alone
 from cdr_dist.training.session import Session
 from cdr_dist.training.worker import phases_of
 from tests.datasets import described, rated
-from tests.runs import summary, train, words
+from tests.runs import distances, summary, train, words
 
 MINET = ["model=minet", "model.hidden=[16,8]", "model.attention=8", "model.features=[brand,title]"]
 
@@ -137,6 +137,8 @@ def test_two_workers_train_as_one(more, tmp_path):
         train(words(described(), tmp_path / f"{workers}", *MINET, *more), workers)
     one, two = (summary(tmp_path / f"{workers}")["metrics"]["valid"]["logloss"] for workers in (1, 2))
     assert one == pytest.approx(two, abs=2e-4)
+    apart = distances(tmp_path / "1", tmp_path / "2")
+    assert max(apart.values()) < 1e-3, apart
 
 
 def test_values_that_only_histories_have_train(tmp_path):
