@@ -165,7 +165,7 @@ def test_an_audit_of_two_sources_tries_them_apart_and_together(tmp_path, monkeyp
 
 def test_names_are_escaped_in_the_page():
     table = verdict.Table("<b>", ["<script>"], [["<img src=x>"]], 1)
-    text = Answer("No: <script>", [table], "", "x").html()
+    text = Answer(False, "No: <script>", [table], "", "x").html()
     assert Tables(text).foreign == []
     assert "&lt;img src=x&gt;" in text
 

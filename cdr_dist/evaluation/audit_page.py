@@ -11,6 +11,7 @@ from cdr_dist.evaluation.verdict import Table
 
 @dataclass(frozen=True)
 class Answer:
+    transfer: bool
     sentence: str
     tables: Sequence[Table]
     notes: str
@@ -29,4 +30,4 @@ class Answer:
         pages = Environment(
             loader=PackageLoader("cdr_dist.evaluation", "."), autoescape=True, undefined=StrictUndefined
         )
-        return pages.get_template("audit.html.j2").render(answer=self, no=self.sentence.startswith("No"))
+        return pages.get_template("audit.html.j2").render(answer=self)

@@ -65,7 +65,8 @@ def audit_job(words: Sequence[str]) -> None:
     found, singles = audit(request)
     request.out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "jobs/audit.py", *words])
-    answer = Answer(verdict.sentence(found), verdict.tables(singles, found), notes(request), command)
+    transfer = verdict.recommended(found) is not None
+    answer = Answer(transfer, verdict.sentence(found), verdict.tables(singles, found), notes(request), command)
     (request.out / "audit.md").write_text(answer.markdown())
     (request.out / "audit.html").write_text(answer.html())
     (request.out / "audit.json").write_text(json.dumps(verdict.to_json(found), indent=1) + "\n")
