@@ -32,7 +32,7 @@ def demo_job(words: Sequence[str]) -> None:
             rows.append([recipe, f"{test['auc']:.4f}", f"{test['logloss']:.4f}", seconds, run])
     print("\n" + markdown(["recipe", "test AUC", "logloss", "time", "run"], rows))
     print("\n" + what_the_weights_found(found["biao"]))
-    print(f"\nCurves: tensorboard --logdir {out}      Your own data: see README.md")
+    print(f"\nA page of each run: {out}/biao/report.html      Your own data: see README.md")
 
 
 def what_the_weights_found(summary: dict[str, Any]) -> str:
