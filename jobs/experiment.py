@@ -9,7 +9,7 @@ data        prepared datasets, with commas; each is called by its folder's name
 methods, models   some of the file's (all); a model may be any file of configs/model/
 seeds (5), first_seed (8)   trainings of each, from which on
 budget      trials of the file's search for every method, data and model, on the seed before first_seed; 0: none
-parallel    runs at a time (auto: as many as there are cores for)
+parallel    runs at a time (auto: as many as there are cores and memory for)
 out         folder of the report (runs/experiments/NAME)
 runs        folder of the runs (OUT/runs), local or s3://; experiments with the same one share the runs they both have
 paper       scenarios of the paper to list beside other data, such as books_toys

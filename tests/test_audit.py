@@ -21,7 +21,7 @@ from cdr_dist.evaluation.metrics import auc
 from cdr_dist.evaluation.popularity import PRIOR, popularity
 from cdr_dist.evaluation.verdict import Category, Rows, Tried
 from cdr_dist.training import audit as module
-from cdr_dist.training.experiment_runs import run_one
+from cdr_dist.training.experiment_runs import Room, run_one
 from tests.datasets import SHAPE, rated, rows_of, sampled
 
 USERS, SEEDS = 400, 4
@@ -115,6 +115,9 @@ class Here:
     def __init__(self):
         self.done = []
 
+    def room(self):
+        return Room(1, 2**30)
+
     def start(self, number, words):
         self.done.append((number, run_one(words)))
 
@@ -123,9 +126,6 @@ class Here:
 
     def close(self):
         pass
-
-    def cores(self):
-        return 1
 
 
 SMALL = ["seeds=2", "budget=1", "parallel=1", "trainer.max_steps=8", "batch.size=64", "batch.history_length=4"]
@@ -172,7 +172,7 @@ def test_names_are_escaped_in_the_page():
 
 def test_datasets_of_other_targets_cannot_be_compared(tmp_path):
     with pytest.raises(UserError, match="other valid rows, so no answer could compare them"):
-        module.read_words([f"data={rated()},{other(tmp_path)}", *SMALL])
+        module.request_of([f"data={rated()},{other(tmp_path)}", *SMALL])
 
 
 def other(folder):
@@ -195,5 +195,5 @@ def other(folder):
 )
 def test_a_mistake_is_one_line(words, expected):
     with pytest.raises(UserError) as error:
-        module.read_words(words)
+        module.request_of(words)
     assert expected in str(error.value)

@@ -9,10 +9,12 @@ import pytest
 import yaml
 
 from cdr_dist.configuration import from_words
+from cdr_dist.data.dataset import read_manifest
 from cdr_dist.errors import UserError
 from cdr_dist.training import experiment_job, experiment_runs
 from cdr_dist.training.experiment import Cell, Experiment, Plan, Search, chosen, load, names, plans
-from cdr_dist.training.experiment_runs import Ended, Outcome, Processes, parallel_of, run_all
+from cdr_dist.training.experiment_runs import Ended, Outcome, Processes, Room, parallel_of, run_all
+from cdr_dist.training.memory import need
 from cdr_dist.training.search import JOURNAL, ends, search_all, searched
 from tests import datasets
 from tests.experiments import Here, answer, summary
@@ -142,12 +144,22 @@ def test_a_run_whose_folder_stayed_on_another_machine_has_failed(tmp_path):
     assert "is a folder that all machines share, or s3://" in outcome.ended.failure
 
 
-def test_as_many_runs_at_once_as_there_are_cores_for():
-    one, two = from_words(["trainer.workers=0"]), from_words(["trainer.workers=2", "trainer.threads=3"])
-    assert parallel_of("auto", [one], 8) == 8
-    assert parallel_of("auto", [one, two], 8) == 1
-    assert parallel_of("auto", [one, two], 13) == 2
-    assert parallel_of("5", [two], 1) == 5
+def test_as_many_runs_at_once_as_there_are_cores_and_memory_for():
+    data = f"data={datasets.rated()}"
+    one, two = ([data, "trainer.workers=0"], [data, "trainer.workers=2", "trainer.threads=3"])
+    one, two = from_words(one), from_words(two)
+    plenty = 2**40
+    assert parallel_of("auto", [one], Room(8, plenty)) == 8
+    assert parallel_of("auto", [one, two], Room(8, plenty)) == 1
+    assert parallel_of("auto", [one, two], Room(13, plenty)) == 2
+    assert parallel_of("5", [two], Room(1, 0)) == 5
+    of_one = need(one, read_manifest(str(datasets.rated()))).host
+    assert 2**29 < of_one < 2**30, "else the next lines say nothing"
+    assert parallel_of("auto", [one], Room(8, int(3.5 * 2**30))) == 3
+    wide = from_words([data, "trainer.workers=0", "tables.width=1048576"])
+    of_wide = need(wide, read_manifest(str(datasets.rated()))).host
+    assert parallel_of("auto", [one, wide], Room(8, 2 * of_wide)) == 2
+    assert parallel_of("auto", [one, wide], Room(8, of_wide // 2)) == 1
 
 
 SPACE = {"tables.lr": [0.01, 1.0, "log"], "upper.interval": [5, 20, 100], "dense.lr": [0.001, 0.1, "log"]}
@@ -308,13 +320,14 @@ def test_on_a_cluster_the_same_runs_are_ray_tasks(tmp_path, monkeypatch):
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    places = experiment_runs.RayTasks(1)
+    places = experiment_runs.RayTasks(Room(1, 2**30))
     words = [f"data={datasets.rated()}", "trainer.workers=0", "batch.size=64", "trainer.max_steps=5", "recipe=joint"]
     more = {"joint": [], "mistaken": ["evaluation.metric=hr@3"]}
     runs = {method: f"{tmp_path}/{method}" for method in more}
     todo = [Plan(Cell("d", "m", m), 1, run, [*words, *more[m], f"run={run}"]) for m, run in runs.items()]
     try:
-        assert experiment_runs.cores_of_places(places) == 2
+        assert places.room().cores == 2
+        assert places.room().memory > 2**30
         joint, mistaken = run_all(todo, places, 2, quiet=True)
     finally:
         places.close()

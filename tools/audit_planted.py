@@ -28,7 +28,7 @@ from cdr_dist.errors import UserError, nearest
 from cdr_dist.evaluation import verdict
 from cdr_dist.evaluation.table import markdown
 from cdr_dist.jobs import run_job
-from cdr_dist.training.audit import audit, read_words
+from cdr_dist.training.audit import audit, request_of
 
 KINDS = {
     "helpful": replace(Planted(), neutral=0, harmful=0),
@@ -70,7 +70,7 @@ def _audited(kind: str, shape: Planted, folder: Path, words: list[str]) -> tuple
     data = folder / "data"
     folder.mkdir(parents=True, exist_ok=True)
     write_planted(shape, str(data))
-    (found,), _ = audit(read_words([f"data={data}", f"out={folder}", *words]))
+    (found,), _ = audit(request_of([f"data={data}", f"out={folder}", *words]))
     good = (found.verdict == "yes") == (kind in HELPS)
     advised = verdict.recommended([found])
     regret = 0.0

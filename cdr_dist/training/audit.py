@@ -31,7 +31,7 @@ from cdr_dist.evaluation.popularity import popularity, training_behaviours
 from cdr_dist.evaluation.verdict import Category, OfSource, Rows, Tried
 from cdr_dist.training import experiment_runs
 from cdr_dist.training.experiment import Experiment, Plan, Search, check_words, plans
-from cdr_dist.training.experiment_runs import Outcome, Places, cores_of_places, parallel_of, run_all
+from cdr_dist.training.experiment_runs import Outcome, Places, parallel_of, run_all
 from cdr_dist.training.run_folder import SCORES
 from cdr_dist.training.search import search_all
 
@@ -61,7 +61,7 @@ class Request:
 
 def audit_job(words: Sequence[str]) -> None:
     """Words: source= target= (and any option of prepare), or data=; seeds= budget= model= out=; any option of train."""
-    request = read_words(words)
+    request = request_of(words)
     found, singles = audit(request)
     request.out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "jobs/audit.py", *words])
@@ -73,8 +73,8 @@ def audit_job(words: Sequence[str]) -> None:
     print(f"{answer.markdown()}\n{request.out}/audit.html")
 
 
-def read_words(words: Sequence[str]) -> Request:
-    """Prepares the datasets where raw logs are given. UserError: a word that is nobody's, too few sources."""
+def request_of(words: Sequence[str]) -> Request:
+    """The words read; of raw logs, datasets are prepared first. UserError: a word that is nobody's, too few sources."""
     given = dict(OWN)
     of_prepare: list[str] = []
     of_train: list[str] = []
@@ -198,7 +198,7 @@ def audit(request: Request, places: Places | None = None) -> tuple[list[OfSource
     configs = [c for one in both for c in check_words(plans(one, [seed], runs[one.name], request.words))]
     places = places or experiment_runs.places_of(configs)
     try:
-        at_once = parallel_of(request.parallel, configs, cores_of_places(places))
+        at_once = parallel_of(request.parallel, configs, places.room())
         for one in both:
 
             def run(todo: list[Plan]) -> list[Outcome]:

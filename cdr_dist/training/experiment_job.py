@@ -28,7 +28,7 @@ from cdr_dist.evaluation.paper import Paper, load_paper
 from cdr_dist.jobs import DONE, FAILED, USERS_MISTAKE
 from cdr_dist.training import experiment_runs
 from cdr_dist.training.experiment import Cell, Experiment, Plan, check_words, chosen, load, plans
-from cdr_dist.training.experiment_runs import Outcome, Places, cores_of_places, parallel_of, run_all
+from cdr_dist.training.experiment_runs import Outcome, Places, parallel_of, run_all
 from cdr_dist.training.run_folder import SCORES
 from cdr_dist.training.search import Best, chosen_yaml, ends, search_all
 
@@ -125,7 +125,7 @@ def experiment_job(words: Sequence[str], places: Places | None = None) -> int:
     with _stopped_by_sigterm():
         places = places or experiment_runs.places_of(configs)
         try:
-            at_once = parallel_of(request.parallel, configs, cores_of_places(places))
+            at_once = parallel_of(request.parallel, configs, places.room())
             best = _searched(request, places, at_once) if experiment.search else {}
             chosen_words = {cell: found.words for cell, found in best.items()}
             todo = plans(experiment, request.seeds, request.runs, request.words, chosen_words)

@@ -15,14 +15,17 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
 
 from cdr_dist.configuration import TrainConfig
 from cdr_dist.data import storage
+from cdr_dist.data.dataset import Manifest, read_manifest
+from cdr_dist.data.demo import dataset_of
 from cdr_dist.errors import Stopped, UserError
 from cdr_dist.training.experiment import Plan
+from cdr_dist.training.memory import GIB, free_bytes, need
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,18 @@ class Outcome:
         return before | {"data": (before.get("data") or {}) | {"name": data}, "model": model, "recipe": method}
 
 
+class Room(NamedTuple):
+    """What a run takes, or what there is: cores, and bytes of main memory."""
+
+    cores: int
+    memory: int
+
+
 class Places(Protocol):
     """Where runs take place."""
+
+    def room(self) -> Room:
+        """What all runs together may take."""
 
     def start(self, number: int, words: list[str]) -> None:
         """Begins run `number`."""
@@ -105,7 +118,6 @@ def _told(plan: Plan, ended: Ended) -> str:
 def run_one(words: list[str]) -> Ended:
     """Trains. Everything that goes wrong becomes a line, because the other runs go on."""
     from cdr_dist.configuration import from_words
-    from cdr_dist.data.demo import dataset_of
     from cdr_dist.training.launch import train
 
     try:
@@ -124,31 +136,34 @@ def _line(text: str) -> str:
     return " ".join(text.split())[:300]
 
 
-def parallel_of(given: str, configs: Sequence[TrainConfig], cores: int) -> int:
-    """`parallel=`: a number, or auto: cores / the threads of the widest run."""
+def parallel_of(given: str, configs: Sequence[TrainConfig], there: Room) -> int:
+    """`parallel=`: a number, or auto: as many as there are cores and memory for, of the largest run."""
     if given != "auto":
         return int(given)
-    return max(1, cores // max((cores_of(config) for config in configs), default=1))
+    largest = largest_of(configs)
+    return max(1, min(there.cores // largest.cores, there.memory // largest.memory))
 
 
-def cores_of(config: TrainConfig) -> int:
-    return config.trainer.threads * max(config.trainer.workers, 1)
-
-
-def cores_of_task(config: TrainConfig) -> int:
-    """What Ray sets aside for the task itself: nothing where the run's own workers have their share."""
-    return 0 if config.trainer.workers else config.trainer.threads
+def largest_of(configs: Sequence[TrainConfig]) -> Room:
+    """With all workers of a run. Each may be that of another run."""
+    manifests: dict[str, Manifest] = {}
+    cores, memory = 1, GIB
+    for config in configs:
+        workers = max(config.trainer.workers, 1)
+        if config.data not in manifests:
+            manifests[config.data] = read_manifest(dataset_of(config.data))
+        cores = max(cores, config.trainer.threads * workers)
+        memory = max(memory, need(config, manifests[config.data]).host * workers)
+    return Room(cores, memory)
 
 
 def places_of(configs: Sequence[TrainConfig]) -> Places:
     """Ray where RAY_ADDRESS names a cluster, otherwise this machine."""
-    if os.environ.get("RAY_ADDRESS"):
-        return RayTasks(max((cores_of_task(config) for config in configs), default=1))
-    return Processes()
-
-
-def cores_of_places(places: Places) -> int:
-    return places.cores() if isinstance(places, RayTasks) else len(os.sched_getaffinity(0))
+    if not os.environ.get("RAY_ADDRESS"):
+        return Processes()
+    own = [config for config in configs if config.trainer.workers == 0]
+    # nothing for the task itself where the run's own workers have their share
+    return RayTasks(largest_of(own) if own else Room(0, 0))
 
 
 class Processes:
@@ -158,6 +173,9 @@ class Processes:
         self._run = run
         self._idle: list[_Process] = []
         self._busy: dict[Connection, tuple[int, _Process]] = {}
+
+    def room(self) -> Room:
+        return Room(len(os.sched_getaffinity(0)), free_bytes())
 
     def start(self, number: int, words: list[str]) -> None:
         process = self._idle.pop() if self._idle else _Process(self._run)
@@ -217,18 +235,20 @@ def _serve(line: Connection, run: Run) -> None:
 class RayTasks:
     """Tasks of the cluster at RAY_ADDRESS."""
 
-    def __init__(self, cores: int) -> None:
+    def __init__(self, task: Room) -> None:
         import ray
 
         ray.init(log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
         threads = {"env_vars": {"OMP_NUM_THREADS": "1"}}
-        self._task: Any = ray.remote(num_cpus=cores, max_retries=0, runtime_env=threads)(run_one)
+        needs: dict[str, Any] = {"num_cpus": task.cores, "memory": task.memory or None}
+        self._task: Any = ray.remote(**needs, max_retries=0, runtime_env=threads)(run_one)
         self._running: dict[Any, int] = {}
 
-    def cores(self) -> int:
+    def room(self) -> Room:
         import ray
 
-        return max(1, int(ray.cluster_resources().get("CPU", 1)))
+        of = ray.cluster_resources()
+        return Room(max(1, int(of.get("CPU", 1))), int(of.get("memory", 0)))
 
     def start(self, number: int, words: list[str]) -> None:
         self._running[self._task.remote(words)] = number
