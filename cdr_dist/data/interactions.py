@@ -42,8 +42,17 @@ def read(uri: str, options: PrepareOptions, role: str, has_item_file: bool, pref
     needed = needed_columns(options, role, source.column_names(uri), has_item_file)
     source.require_columns(uri, needed)
     for first, batch in source.first_rows(source.batches(uri, sorted(set(needed.values()))), uri):
-        rows = _typed(batch, needed, options, _Place(source, uri, first))
+        rows = _within(_typed(batch, needed, options, _Place(source, uri, first)), options)
         yield rows.with_columns(_prefixed(prefix, rows[name]) for name in ("item_id", "category")) if prefix else rows
+
+
+def _within(rows: pl.DataFrame, options: PrepareOptions) -> pl.DataFrame:
+    """Those from `since` on and before `until`."""
+    if options.since is not None:
+        rows = rows.filter(pl.col("timestamp") >= options.since)
+    if options.until is not None:
+        rows = rows.filter(pl.col("timestamp") < options.until)
+    return rows
 
 
 class _Place:

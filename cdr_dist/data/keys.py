@@ -22,16 +22,17 @@ class Keys:
         uri = storage.join(folder, manifest.vocab[name].path)
         with storage.naming(uri):
             table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)), columns=["id", "key"])
-        ids = table.column("id").to_numpy()
-        assert np.array_equal(ids, np.arange(FIRST_ID, FIRST_ID + len(ids))), f"{uri}: ids are not 2, 3, …"
         # Large: the offsets of a plain string array end at 2 GiB.
-        known = table.column("key").cast(pa.large_string())
-        reserved = pa.chunked_array([pa.array([PADDING_KEY, UNKNOWN_KEY], pa.large_string())])
-        self._keys = pa.chunked_array([*reserved.chunks, *known.chunks]).combine_chunks()
+        reserved = pa.array([PADDING_KEY, UNKNOWN_KEY], pa.large_string())
+        known = pa.chunked_array([reserved, *table.column("key").cast(pa.large_string()).chunks]).combine_chunks()
+        place = np.full(manifest.rows[name], -1, dtype=np.int64)  # an id may have lost its key
+        place[:FIRST_ID] = np.arange(FIRST_ID)
+        place[table.column("id").to_numpy()] = np.arange(FIRST_ID, len(known))
+        self._keys = known.take(pa.array(place, mask=place < 0))
 
     def __len__(self) -> int:
         """Keys of the logs, without the reserved ids."""
-        return len(self._keys) - FIRST_ID
+        return len(self._keys) - FIRST_ID - self._keys.null_count
 
     def of(self, ids: NDArray[np.int64]) -> pa.Array:
         """[n] ids -> [n] keys (string)."""
@@ -42,7 +43,9 @@ class Keys:
         return None if found < 0 else found + FIRST_ID
 
     def near(self, key: str, count: int = 3) -> list[str]:
-        """The keys around the place where this one would stand: vocabularies are sorted by key."""
-        place = pc.sum(pc.less(self._keys.slice(FIRST_ID), pa.scalar(key, pa.large_string()))).as_py() or 0
-        first = max(0, min(place - count // 2, len(self) - count))
-        return self._keys.slice(FIRST_ID + first, count).to_pylist()
+        """The keys around the place where this one would stand among all of them, sorted."""
+        known = self._keys.slice(FIRST_ID).drop_null()
+        known = known.take(pc.sort_indices(known))
+        place = pc.sum(pc.less(known, pa.scalar(key, pa.large_string()))).as_py() or 0
+        first = max(0, min(place - count // 2, len(known) - count))
+        return known.slice(first, count).to_pylist()

@@ -18,7 +18,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -27,9 +26,10 @@ import polars as pl
 from cdr_dist.crash_points import durable
 from cdr_dist.data import examples, holder, interactions, partitions, shuffle, spill, storage, vocabularies
 from cdr_dist.data.dataset import FIRST_ID, POSITIVES, SPLITS, Manifest, Shard, read_manifest
+from cdr_dist.data.earlier import Numbered
 from cdr_dist.data.partitions import Partition, PartitionCounts
+from cdr_dist.data.prepare_inputs import Inputs, inputs_of
 from cdr_dist.data.prepare_options import PrepareOptions, options_from_words
-from cdr_dist.data.sources import formats
 from cdr_dist.data.tasks import run_tasks
 from cdr_dist.data.vocabularies import Items
 from cdr_dist.errors import UserError
@@ -38,37 +38,13 @@ __all__ = ["PrepareOptions", "check", "options_from_words", "prepare"]
 
 log = logging.getLogger(__name__)
 
-PARTITION_BYTES = 64 << 20
-MOST_PARTITIONS = 1024
-COMPRESSION = 4
-"""Bytes of text for a byte of .gz or Parquet, about."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the options name, found and measured."""
-
-    domains: dict[str, list[Domain]]  # role -> one domain, or several sources
-    bytes: dict[str, int]  # role -> of all its files
-    partitions: int
-
-
-@dataclass(frozen=True)
-class Domain:
-    """prefix: of its items' and categories' keys, where several domains share a role."""
-
-    name: str
-    files: list[str]
-    item_file: str
-    prefix: str
-
 
 def check(options: PrepareOptions) -> Manifest | None:
     """Checks inputs, columns and the output folder; writes nothing. Returns the dataset that is there already.
 
     UserError: a missing or unreadable input, a missing column, an output folder that cannot be used.
     """
-    inputs = _inputs(options)
+    inputs = inputs_of(options)
     return _existing(options, inputs)
 
 
@@ -77,7 +53,7 @@ def prepare(options: PrepareOptions) -> Manifest:
 
     UserError: as `check`, and what reading the logs brings up.
     """
-    inputs = _inputs(options)
+    inputs = inputs_of(options)
     there = _existing(options, inputs)
     work = _work_folder(options, inputs)
     _clear_left(options.out, keep="" if there else work)
@@ -99,50 +75,10 @@ def prepare(options: PrepareOptions) -> Manifest:
     return manifest
 
 
-def _inputs(options: PrepareOptions) -> Inputs:
-    storage.use(options.storage.options)
-    source = formats.of(options.format)
-    domains = {role: _domains(options, role) for role in ("source", "target")}
-    names = [domain.name for of_role in domains.values() for domain in of_role]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"both domains are named {twice[0]}: give source_domain= or target_domain=")
-    for role, of_role in domains.items():
-        for domain in of_role:
-            for uri in domain.files:
-                needed = interactions.needed_columns(options, role, source.column_names(uri), bool(domain.item_file))
-                source.require_columns(uri, needed)
-            if domain.item_file:
-                interactions.check_item_file(domain.item_file, options, role)
-    files = {role: [uri for domain in of_role for uri in domain.files] for role, of_role in domains.items()}
-    sizes = {uri: storage.size(uri) for uris in files.values() for uri in uris}
-    plain = {uri for uri in sizes if source.is_text(uri) and not uri.endswith(".gz")}
-    text = sum(size if uri in plain else COMPRESSION * size for uri, size in sizes.items())
-    count = options.partitions or min(MOST_PARTITIONS, -(-text // PARTITION_BYTES))
-    return Inputs(domains, {role: sum(sizes[u] for u in uris) for role, uris in files.items()}, max(1, count))
-
-
-def _domains(options: PrepareOptions, role: str) -> list[Domain]:
-    """The domains of a role. UserError: other numbers of logs and of names or item files; a name with a colon."""
-    source = formats.of(options.format)
-    logs = getattr(options, role).split(",") if role == "source" else [getattr(options, role)]
-    given = {}
-    for option in ("items", "domain"):
-        text = getattr(options, f"{role}_{option}")
-        given[option] = text.split(",") if text and len(logs) > 1 else [text] * len(logs)
-        if len(given[option]) != len(logs):
-            raise UserError(f"{role}_{option}={text}: {len(given[option])} for {len(logs)} logs of {role}=")
-    found = []
-    for log, items, own_name in zip(logs, given["items"], given["domain"], strict=True):
-        name = own_name or source.domain_name(log)
-        if len(logs) > 1 and ":" in name:
-            raise UserError(f"{role}_domain={name}: with several sources, a name has no colon")
-        found.append(Domain(name, source.files(log), items, f"{name}:" if len(logs) > 1 else ""))
-    return found
-
-
 def _recorded(options: PrepareOptions, inputs: Inputs) -> dict[str, Any]:
     """What the manifest says of the options: those that decide the content, and the size of the logs."""
-    return options.content() | {f"{role}_bytes": size for role, size in inputs.bytes.items()}
+    found = options.content() | {f"{role}_bytes": size for role, size in inputs.bytes.items()}
+    return found | ({"extends_checksum": inputs.earlier.manifest.checksum} if inputs.earlier else {})
 
 
 def _existing(options: PrepareOptions, inputs: Inputs) -> Manifest | None:
@@ -209,14 +145,15 @@ def _prepare(options: PrepareOptions, inputs: Inputs, work: str) -> Manifest:
         counted = run_tasks(partitions.order, parts, options.workers)
         _check_counts(options, counted)
     with _stage("numbered"):
-        users, items = _number(options, inputs, parts)
+        users, items, users_before = _number(options, inputs, parts)
     with _stage("built the examples"):
         builds, buckets = _builds(parts, counted, users, items, work)
         built = run_tasks(examples.build, builds, options.workers)
     with _stage("wrote the shards"):
         folder = storage.join(work, "dataset")
         written = _write_shards(folder, buckets, built, options.workers)
-        manifest = _manifest(options, inputs, counted, built, written, _write_vocabularies(folder, users, items))
+        vocab, rows = _write_vocabularies(folder, users, users_before, items)
+        manifest = _manifest(options, inputs, counted, built, written, vocab, rows)
         with durable("prepare.manifest"):
             storage.write_bytes(storage.join(folder, "manifest.json"), manifest.to_json().encode())
     return manifest
@@ -273,14 +210,17 @@ def _sum(lists: list[list[int]]) -> list[int]:
     return [sum(column) for column in zip(*lists, strict=True)]
 
 
-def _number(options: PrepareOptions, inputs: Inputs, parts: list[Partition]) -> tuple[pl.DataFrame, dict[str, Items]]:
-    train_only = options.vocab == "train"
-    items = {}
+def _number(
+    options: PrepareOptions, inputs: Inputs, parts: list[Partition]
+) -> tuple[pl.DataFrame, dict[str, Items], Numbered]:
+    """The users of these logs, the items of each role, and the users of the dataset that is extended."""
+    earlier, items = inputs.earlier, {}
     for role, domains in inputs.domains.items():
         files = [interactions.read_items(d.item_file, options, role, d.prefix) for d in domains if d.item_file]
         described = pl.concat(files) if files else None
-        items[role] = vocabularies.merge_items(parts, role, described, train_only, options.feature_items)
-    return vocabularies.merge_users(parts, train_only), items
+        items[role] = vocabularies.merge_items(parts, role, described, earlier)
+    before = earlier.numbered("user") if earlier else Numbered.nothing()
+    return vocabularies.merge_users(parts, before), items, before
 
 
 def _builds(
@@ -313,17 +253,25 @@ def _write_shards(
     return written
 
 
-def _write_vocabularies(folder: str, users: pl.DataFrame, items: dict[str, Items]) -> dict[str, Shard]:
-    def write(name: str, *rows: Any) -> None:
-        found[name] = vocabularies.write_vocabulary(folder, name, *rows)
+def _write_vocabularies(
+    folder: str, users: pl.DataFrame, users_before: Numbered, items: dict[str, Items]
+) -> tuple[dict[str, Shard], dict[str, int]]:
+    """The files, and of each the rows of its table: ids whose key is gone count, too."""
+    files: dict[str, Shard] = {}
+    rows: dict[str, int] = {}
 
-    found: dict[str, Shard] = {}
-    write("user", users.filter(pl.col("id") >= FIRST_ID), "user_id")
+    def write(name: str, keys: pl.DataFrame, *more: Any) -> None:
+        files[name] = vocabularies.write_vocabulary(folder, name, keys, *more)
+        rows[name] = int(keys.select(pl.col("id").max().fill_null(FIRST_ID - 1)).item()) + 1
+
+    known = users.filter(pl.col("id") >= FIRST_ID).select(key="user_id", id="id")
+    write("user", pl.concat([users_before.keys.join(known, on="key", how="anti"), known]), "key")
+    rows["user"] = max(rows["user"], users_before.rows)
     for role, of_role in items.items():
         write(f"{role}_item", of_role.known, "item_id", of_role.values)
         for column, values in (of_role.values | {"category": of_role.categories}).items():
             write(f"{role}_{column}", values, "key")
-    return found
+    return files, rows
 
 
 def _manifest(
@@ -333,6 +281,7 @@ def _manifest(
     built: list[examples.Built],
     written: dict[str, list[Shard]],
     vocab: dict[str, Shard],
+    table_rows: dict[str, int],
 ) -> Manifest:
     rows = _sum([b.rows for b in built])
 
@@ -346,7 +295,7 @@ def _manifest(
         seed=options.seed,
         label=options.labels,
         eval_negatives=options.stored_negatives,
-        rows={name: shard.rows + FIRST_ID for name, shard in vocab.items()},
+        rows=table_rows,
         counts={
             "users": sum(c.users for c in counted),
             "source_items": vocab["source_item"].rows,

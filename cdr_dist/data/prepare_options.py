@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,8 @@ CHOICES = {
 REQUIRED = ("source", "target", "out")
 OWN = tuple(f"{role}_{group}." for role in ("source", "target") for group in ("columns", "item_columns"))
 """Options that hold for one domain's files only; empty: what columns.* and item_columns.* say."""
+DATE = "{date}"
+"""In the names of logs by day."""
 NOT_CONTENT = ("out", "workers", "partitions", "storage.deadline_s", "storage.tries", "storage.backoff_s")
 """Options that never change a byte of the dataset, so the manifest leaves them out."""
 
@@ -89,6 +92,14 @@ class PrepareOptions:
     split: str = option("leave_last", "leave_last: last behaviour test, last but one validation; time")
     valid_from: int | None = option(None, "first timestamp of validation (split=time)")
     test_from: int | None = option(None, "first timestamp of test (split=time)")
+    days: str = option(
+        "", "FROM..TO, as 2026-11-01..2026-11-24: the days that {date} in source= and target= stands for"
+    )
+    since: int | None = option(None, "behaviours with an earlier timestamp are left out")
+    until: int | None = option(None, "behaviours with this timestamp or a later one are left out")
+    extends: str = option(
+        "", "an earlier dataset: its users, items and categories keep their ids, new ones come behind"
+    )
     users: str = option("both", "both: users of both domains; target: all of the target domain's")
     vocab: str = option("all", "all: ids for all that occurs; train: only for what training may see")
     history: str = option("past", "past: positives before each behaviour; train: all training positives")
@@ -122,11 +133,26 @@ class PrepareOptions:
             check(value >= least, f"{name}={value}: must be {least} or more")
         check(math.isfinite(self.threshold), f"threshold={self.threshold}: must be a finite number")
         self._check_times()
+        named = [name for name in ("source", "target") if DATE in getattr(self, name)]
+        check(bool(named) == bool(self.days), "days= and {date} in source= or target= belong together")
+        _ = self.dates  # checks them
         for role in ("source", "target"):
             self.features_of(role)
         _ = self.storage.options  # checks them
 
+    @property
+    def dates(self) -> list[str]:
+        """The days that `days` names."""
+        if not self.days:
+            return []
+        first, last = (_day(text, self.days) for text in (self.days.split("..") + [""])[:2])
+        check(first <= last, f"days={self.days}: ends before it begins")
+        return [str(first + datetime.timedelta(n)) for n in range((last - first).days + 1)]
+
     def _check_times(self) -> None:
+        since, until = self.since, self.until
+        if since is not None and until is not None:
+            check(since < until, f"since={since} must be before until={until}")
         valid_from, test_from = self.valid_from, self.test_from
         if self.split == "leave_last":
             check(valid_from is None and test_from is None, "valid_from= and test_from= need split=time")
@@ -170,6 +196,13 @@ class PrepareOptions:
         """Flat `name -> value` of the options that decide the dataset's content."""
         flat = {name: _get(self, name) for name in option_names()}
         return {n: value for n, value in flat.items() if n not in NOT_CONTENT and (value or not n.startswith(OWN))}
+
+
+def _day(text: str, of: str) -> datetime.date:
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"days={of}: write FROM..TO, as 2026-11-01..2026-11-24") from None
 
 
 def _get(options: Any, dotted: str) -> Any:

@@ -1,4 +1,7 @@
-"""Vocabularies: what occurs in the partitions, merged, sorted by key (bytewise) and numbered from 2."""
+"""Vocabularies: what occurs in the partitions, merged, sorted by key (bytewise) and numbered from 2.
+
+Where an earlier dataset is extended, its keys keep their ids and what is new is numbered behind them.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import pyarrow.parquet as pq
 from cdr_dist.crash_points import durable
 from cdr_dist.data import partitions, spill, storage
 from cdr_dist.data.dataset import FIRST_ID, ITEM_VOCAB_SCHEMA, UNKNOWN, VOCAB_SCHEMA, Shard
+from cdr_dist.data.earlier import Earlier, Numbered
 from cdr_dist.data.partitions import Partition
 from cdr_dist.data.prepare_options import PrepareOptions
 
@@ -22,7 +26,7 @@ OTHERS = "others"
 
 @dataclass(frozen=True)
 class Items:
-    """One domain's items.
+    """One domain's items, those of an earlier dataset included.
 
     items: item_id, known (may training see it), category, id, category_id and a list of value ids for each declared
     column; by item_id.
@@ -38,12 +42,13 @@ class Items:
 
 
 def merge_items(
-    parts: Sequence[Partition], domain: str, described: pl.DataFrame | None, train_only: bool, least: int
+    parts: Sequence[Partition], domain: str, described: pl.DataFrame | None, earlier: Earlier | None = None
 ) -> Items:
     """The items of a domain over all partitions; in memory stay the distinct items and one partition.
 
-    described: what item files say of items (`interactions.read_items`). least: items that share a value.
+    described: what item files say of items (`interactions.read_items`).
     """
+    options = parts[0].options
     merged, pending = _merge_items([]), []
     for part in parts:
         pending.append(partitions.read_ordered(part, f"{domain}_items"))
@@ -53,19 +58,34 @@ def merge_items(
     if described is not None:
         merged = merged.join(described, on="item_id", how="left", maintain_order="left", suffix="_described")
         merged = merged.with_columns(pl.coalesce("category_described", "category").alias("category"))
-    merged = merged.with_columns(pl.col("category").fill_null(_others(parts[0].options, domain)))
-    merged = number(merged, "item_id", train_only)
-    kept = merged.filter(pl.col("id") >= FIRST_ID).select(key="category").unique().sort("key")
-    kept = kept.with_columns(id=pl.int_range(FIRST_ID, FIRST_ID + pl.len(), dtype=pl.Int32))
+    if earlier is not None:
+        merged = _with_earlier(merged, earlier.items(domain))
+    merged = merged.with_columns(pl.col("category").fill_null(_others(options, domain)))
+
+    def before(name: str) -> Numbered:
+        return earlier.numbered(f"{domain}_{name}") if earlier else Numbered.nothing()
+
+    merged = number(merged, "item_id", options.vocab == "train", before("item"))
+    known = merged.filter(pl.col("id") >= FIRST_ID)
+    kept = _number_keys(known["category"].unique(), before("category"))
     named = merged.join(kept.rename({"key": "category", "id": "category_id"}), on="category", how="left")
     unknown = pl.col("id") == UNKNOWN
     category_id = pl.when(unknown).then(UNKNOWN).otherwise("category_id").cast(pl.Int32)
     named = named.with_columns(category_id=category_id).sort("item_id")
     values = {}
-    for column in parts[0].options.features_of(domain):
-        values[column] = _number_values(named.filter(~unknown)[column], least)
+    for column in options.features_of(domain):
+        shared = _shared(known[column], options.feature_items)
+        values[column] = _number_keys(shared, before(column))
         named = named.with_columns(_value_ids(named[column], values[column]))
     return Items(named, kept, values)
+
+
+def _with_earlier(items: pl.DataFrame, earlier: pl.DataFrame) -> pl.DataFrame:
+    """Those that occur no more as well; of the others, what is not said any more is as it was."""
+    said = [column for column in earlier.columns if column != "item_id"]
+    both = items.join(earlier, on="item_id", how="full", coalesce=True, suffix="_earlier")
+    as_it_was = [pl.coalesce(column, f"{column}_earlier").alias(column) for column in said]
+    return both.select("item_id", pl.col("known").fill_null(False), *as_it_was)
 
 
 def _others(options: PrepareOptions, domain: str) -> pl.Expr:
@@ -75,11 +95,17 @@ def _others(options: PrepareOptions, domain: str) -> pl.Expr:
     return own + OTHERS
 
 
-def _number_values(lists: pl.Series, least: int) -> pl.DataFrame:
-    """key, id of the values that at least so many items have."""
+def _shared(lists: pl.Series, least: int) -> pl.Series:
+    """The values that at least so many items have."""
     counted = lists.explode().drop_nulls().alias("key").value_counts(name="items")
-    kept = counted.filter(pl.col("items") >= least).select("key").sort("key")
-    return kept.with_columns(id=pl.int_range(FIRST_ID, FIRST_ID + pl.len(), dtype=pl.Int32))
+    return counted.filter(pl.col("items") >= least)["key"]
+
+
+def _number_keys(keys: pl.Series, before: Numbered) -> pl.DataFrame:
+    """key, id of these keys and of all that were there before, by id."""
+    new = pl.DataFrame({"key": keys.cast(pl.String)}).join(before.keys, on="key", how="anti").sort("key")
+    ids = pl.int_range(before.rows, before.rows + pl.len(), dtype=pl.Int32)
+    return pl.concat([before.keys, new.select("key", id=ids)])
 
 
 def _value_ids(lists: pl.Series, values: pl.DataFrame) -> pl.Series:
@@ -95,22 +121,25 @@ def _merge_items(tables: list[pl.DataFrame]) -> pl.DataFrame:
     return rows.group_by("item_id").agg(pl.col("category").min(), pl.col("known").any())
 
 
-def merge_users(parts: Sequence[Partition], train_only: bool) -> pl.DataFrame:
+def merge_users(parts: Sequence[Partition], before: Numbered) -> pl.DataFrame:
     """All users by user_id: id, partition, known, and first_example, the example_id of their first behaviour."""
     tables = [partitions.read_ordered(p, "users").with_columns(partition=pl.lit(p.number)) for p in parts]
     users = pl.concat(tables).sort("user_id")
     assert users["user_id"].is_unique().all(), "a user's behaviours went to two partitions"
     first = pl.col("behaviours").cum_sum() - pl.col("behaviours")
-    return number(users.with_columns(first_example=first), "user_id", train_only)
+    train_only = parts[0].options.vocab == "train"
+    return number(users.with_columns(first_example=first), "user_id", train_only, before)
 
 
-def number(rows: pl.DataFrame, by: str, train_only: bool) -> pl.DataFrame:
-    """Adds `id`: 2, 3, … in the order of `by`; with `train_only` 1 (unknown) where training cannot know it."""
+def number(rows: pl.DataFrame, by: str, train_only: bool, before: Numbered) -> pl.DataFrame:
+    """Adds `id`, in the order of `by`: that of before, or the next one; with `train_only` 1 (unknown) where training
+    cannot know it."""
+    earlier = before.keys.rename({"key": by, "id": "earlier"})
+    named = rows.sort(by).join(earlier, on=by, how="left", maintain_order="left")
     known = pl.col("known") if train_only else pl.lit(True)
-    ids = pl.when(known).then(known.cast(pl.Int32).cum_sum() + (FIRST_ID - 1)).otherwise(UNKNOWN)
-    if not train_only:
-        ids = pl.int_range(FIRST_ID, FIRST_ID + pl.len())
-    return rows.sort(by).with_columns(id=ids.cast(pl.Int32))
+    new = (known & pl.col("earlier").is_null()).cast(pl.Int32)
+    next_id = pl.when(new == 1).then(before.rows - 1 + new.cum_sum()).otherwise(UNKNOWN)
+    return named.with_columns(id=pl.coalesce("earlier", next_id).cast(pl.Int32)).drop("earlier")
 
 
 def spill_users(uri: str, users: pl.DataFrame, buckets: int) -> str:
@@ -120,10 +149,11 @@ def spill_users(uri: str, users: pl.DataFrame, buckets: int) -> str:
 
 
 def write_vocabulary(folder: str, name: str, rows: pl.DataFrame, key: str, features: Iterable[str] = ()) -> Shard:
-    """Writes `vocab/NAME.parquet`: the real keys only; ids 0 (padding) and 1 (unknown) have no row.
+    """Writes `vocab/NAME.parquet` by id: the real keys only; ids 0 (padding) and 1 (unknown) have no row.
 
     features: declared columns, of items.
     """
+    rows = rows.sort("id")
     schema, columns = VOCAB_SCHEMA, {"id": rows["id"], "key": rows[key]}
     if key == "item_id":
         columns |= {"category": rows["category_id"]} | {column: rows[column] for column in features}

@@ -1,0 +1,70 @@
+"""The vocabularies of an earlier dataset that a new one extends: an id never changes, new keys come behind."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import cached_property
+
+import polars as pl
+
+from cdr_dist.data import storage
+from cdr_dist.data.dataset import FIRST_ID, Manifest, read_manifest
+from cdr_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """keys: key, id, by id. rows: of the table, so that the next id is `rows`; some ids may have lost their key."""
+
+    keys: pl.DataFrame
+    rows: int
+
+    @classmethod
+    def nothing(cls) -> Numbered:
+        return cls(pl.DataFrame(schema={"key": pl.String, "id": pl.Int32}), FIRST_ID)
+
+
+class Earlier:
+    """A dataset folder's vocabularies, each read when it is asked for."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        return read_manifest(self._folder)
+
+    def numbered(self, name: str) -> Numbered:
+        return Numbered(self._read(name).select("key", "id"), self.manifest.rows[name])
+
+    def items(self, role: str) -> pl.DataFrame:
+        """item_id and category, as texts, and a list of texts for each declared column."""
+        read = self._read(f"{role}_item")
+        named = read.select("key", "category").rename({"key": "item_id", "category": "id"})
+        named = named.join(self._read(f"{role}_category"), on="id", how="left", maintain_order="left")
+        found = [named["item_id"], named["key"].alias("category")]
+        for column in self.manifest.features[role]:
+            values = self.numbered(f"{role}_{column}").keys
+            text = pl.element().replace_strict(values["id"], values["key"], default=None, return_dtype=pl.String)
+            found.append(read[column].list.eval(text.drop_nulls()))
+        return pl.DataFrame(found)
+
+    def check(self, sources: list[str], target: str, features: dict[str, list[str]]) -> None:
+        """UserError: a dataset of other domains or declared columns, whose ids say something else."""
+        for what, earlier, now in (
+            ("sources", self.manifest.sources, sources),
+            ("the target", [self.manifest.target_domain], [target]),
+            ("source features", self.manifest.features["source"], features["source"]),
+            ("target features", self.manifest.features["target"], features["target"]),
+        ):
+            if earlier != now:
+                shown = [", ".join(names) or "none" for names in (earlier, now)]
+                raise UserError(f"extends={self._folder}: {what}: {shown[0]} there, {shown[1]} here")
+
+    def _read(self, name: str) -> pl.DataFrame:
+        uri = storage.join(self._folder, self.manifest.vocab[name].path)
+        content = storage.read_bytes(uri)
+        if storage.sha256(content) != self.manifest.vocab[name].sha256:
+            raise UserError(f"{uri}: is not what its manifest says; copy it again")
+        return pl.read_parquet(io.BytesIO(content))
