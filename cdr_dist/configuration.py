@@ -30,12 +30,13 @@ from cdr_dist.training.options import (
     RecipeConfig,
     TrainerOptions,
     UpperOptions,
+    WarmStartOptions,
 )
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CHOSEN = ("model", "recipe", "preset")
 """Options whose values name a file of configs/."""
-LITERAL = ("data", "run")
+LITERAL = ("data", "run", "warm_start.run")
 """Options whose values are taken as they are: paths with '=' or '(' break Hydra's grammar, 2024 becomes a number."""
 STARTS = "tables.start."
 """The same goes for options that start like this; what follows is the name of a table."""
@@ -60,6 +61,7 @@ class TrainConfig:
     perceptron: PerceptronOptions = field(default_factory=PerceptronOptions)
     hypergradient: HypergradientOptions = field(default_factory=HypergradientOptions)
     upper: UpperOptions = field(default_factory=UpperOptions)
+    warm_start: WarmStartOptions = field(default_factory=WarmStartOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
 

@@ -109,9 +109,9 @@ def lines(run, *splits):
     return [{k: v for k, v in line.items() if k != "time"} for line in found if line["split"] in splits]
 
 
-def tensors(run):
-    """Every tensor of the newest checkpoint by name: unsharded tables and their optimiser state, all dense ones."""
-    folder = newest(run)
+def tensors(run, folder=None):
+    """Every tensor of a checkpoint (the newest) by name: unsharded tables and their optimiser state, all dense ones."""
+    folder = folder or newest(run)
     tables, places = {}, {}
     for index in sorted(folder.glob("rows-*.json")):
         raw = json.loads(index.read_text())

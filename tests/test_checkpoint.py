@@ -94,9 +94,13 @@ def test_a_checkpoint_holds_the_rows_of_its_step_however_late_it_is_written(tmp_
     train(words(rated(), tmp_path / "whole", "recipe=biao"))
     late_run(tmp_path / "late", writing_late)
     same_run(tmp_path / "whole", tmp_path / "late")
-    late_run(tmp_path / "views", functools.partial(writing_late, views=True))
-    with pytest.raises(AssertionError):
-        same_run(tmp_path / "whole", tmp_path / "views")
+    with pytest.raises((AssertionError, UserError)):  # other bits, or bits that changed between checksum and write
+        _late_and_equal(tmp_path, functools.partial(writing_late, views=True))
+
+
+def _late_and_equal(tmp_path, within):
+    late_run(tmp_path / "views", within)
+    same_run(tmp_path / "whole", tmp_path / "views")
 
 
 # ---- damage at rest -------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from cdr_dist.training.rows_file import Parts, RowsFile, read_rows, write_rows
 from cdr_dist.training.talk import OverGroup, Talk, agreed
 
 if TYPE_CHECKING:
+    from cdr_dist.training.run_folder import RunFolder
     from cdr_dist.training.session import Session
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,17 @@ def complete(folder: str) -> list[Saved]:
 def newest(folder: str) -> Saved | None:
     """As the last of `complete`, without looking at the earlier ones."""
     return next((s for s in reversed(_all(folder)) if storage.exists(storage.join(s.uri, COMPLETE))), None)
+
+
+def best_step(place: RunFolder) -> int:
+    """Of a finished run, or so far."""
+    saved = newest(place.checkpoints)
+    if saved is None:
+        raise UserError(f"{place.uri}: has no checkpoint yet")
+    step = saved.progress().best_step
+    if step < 0:
+        raise UserError(f"{place.uri}: was not validated yet, so no checkpoint is the best")
+    return step
 
 
 def _all(folder: str) -> list[Saved]:
@@ -207,13 +219,35 @@ class Checkpoints:
 
     def load_parameters(self, saved: Saved) -> dict[str, Any]:
         """What scoring needs: tables, model, perceptron. Returns all of the dense state."""
+        state = self._read(saved, parts_of(self._session), grown=False)
+        for name, values in state["modules"].items():
+            getattr(self._session, name).load_state_dict(values)
+        return state
+
+    def load_grown(self, saved: Saved, statistics: bool) -> None:
+        """The parameters of another run whose tables have at most as many rows; rows beyond those stay as they are.
+
+        statistics: those of the fused optimiser, too. Modules that only one of the runs has stay as they are.
+        """
+        parts = parts_of(self._session)
+        wanted = {key: part for key, part in parts.items() if statistics or key[1] == "weights"}
+        state = self._read(saved, wanted, grown=True)
+        for name, values in state["modules"].items():
+            module = getattr(self._session, name)
+            try:
+                if module is not None:
+                    module.load_state_dict(values)
+            except RuntimeError as error:
+                raise UserError(f"{saved.uri}: does not fit: {_reason(error)}") from error
+
+    def _read(self, saved: Saved, parts: Parts, grown: bool) -> dict[str, Any]:
         s = self._session
         try:
             listed = [n for n in json.loads(storage.read_bytes(storage.join(saved.uri, COMPLETE))) if _is_index(n)]
             files = [RowsFile.from_json(saved.read(name)) for name in listed]
-            read_rows(saved.uri, files, parts_of(s))
+            read_rows(saved.uri, files, parts, grown)
             s.tables.updates = max(file.updates for file in files)
-            state = torch.load(io.BytesIO(saved.read(DENSE)), weights_only=True, map_location=s.device)
+            return torch.load(io.BytesIO(saved.read(DENSE)), weights_only=True, map_location=s.device)
         except storage.NotFoundError as error:
             raise saved.damaged(str(error)) from error
         except storage.StorageError:
@@ -224,9 +258,6 @@ class Checkpoints:
             raise saved.damaged(f"{DENSE} holds what is not a tensor, which is not loaded") from error
         except (RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
             raise saved.damaged(_reason(error)) from error
-        for name, values in state["modules"].items():
-            getattr(s, name).load_state_dict(values)
-        return state
 
     # ---- in the thread ------------------------------------------------------------------------------------------
 

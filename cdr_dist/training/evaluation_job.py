@@ -9,26 +9,30 @@ from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.demo import dataset_of
 from cdr_dist.data.shards import verify
 from cdr_dist.errors import UserError, nearest
-from cdr_dist.training.best import best_of_run, best_step
+from cdr_dist.training.best import best_of_run
+from cdr_dist.training.checkpoint import best_step
 from cdr_dist.training.evaluate import evaluate
 from cdr_dist.training.full_ranking import full_ranking
 from cdr_dist.training.launch import alone, quiet_libraries
 from cdr_dist.training.options import one_of
 from cdr_dist.training.run_folder import RunFolder
+from cdr_dist.training.start import check_fits
 
-OPTIONS = ("run", "split", "scores", "full_ks")
+OPTIONS = ("run", "split", "data", "scores", "full_ks")
 
 
 def evaluation_job(words: Sequence[str]) -> None:
-    """Words: run= (needed), split= (test), scores= (a Parquet file of every row's score), full_ks=. Prints JSON."""
+    """Words: run= (needed), split= (test), data= (another dataset), scores= (a Parquet file of every row's score),
+    full_ks=. Prints JSON."""
     given = {"split": "test"} | options(words, OPTIONS)
     if "run" not in given:
         raise UserError("run= is missing; see --help")
     one_of("split", given["split"], ("valid", "test"))
     ks = _ks(given["full_ks"]) if "full_ks" in given else None
     quiet_libraries()
-    step, found = evaluate_run(given["run"], given["split"], given.get("scores"), ks)
-    print(json.dumps({"run": given["run"], "step": step, "split": given["split"], "metrics": found}, indent=1))
+    step, found = evaluate_run(given["run"], given["split"], given.get("scores"), ks, given.get("data"))
+    said = {name: given[name] for name in ("run", "data") if name in given}
+    print(json.dumps(said | {"step": step, "split": given["split"], "metrics": found}, indent=1))
 
 
 def options(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
@@ -55,18 +59,22 @@ def _ks(given: str) -> list[int]:
 
 
 def evaluate_run(
-    run: str, split: str, scores: str | None = None, full_ks: Sequence[int] | None = None
+    run: str, split: str, scores: str | None = None, full_ks: Sequence[int] | None = None, data: str | None = None
 ) -> tuple[int, dict[str, float | None]]:
     """(step of the best checkpoint, its metrics on a split), whatever number of workers wrote it.
 
-    full_ks: instead of the run's own.
+    full_ks: instead of the run's own. data: a dataset that the run's own was extended to; the rows of keys that the
+    run does not know are as a warm start makes them.
     """
     place = RunFolder(run)
     config = place.config()
     step = best_step(place)
-    folder = dataset_of(config.data)
-    verify(folder, read_manifest(folder), how=config.trainer.verify)
-    with alone(), best_of_run(config, folder, place, step) as session:
+    folder = dataset_of(data or config.data)
+    manifest = read_manifest(folder)
+    if data:
+        check_fits(place, config, folder, manifest)
+    verify(folder, manifest, how=config.trainer.verify)
+    with alone(), best_of_run(config, folder, place, step, grown=data is not None) as session:
         found = evaluate(session, split, scores)
         found |= full_ranking(session, split, config.evaluation.full_ks if full_ks is None else full_ks)
     return step, {name: value if value == value else None for name, value in found.items()}

@@ -22,7 +22,8 @@ from cdr_dist.data.stored_rows import StoredRows
 from cdr_dist.embeddings.workers import through_shared_memory
 from cdr_dist.errors import UserError
 from cdr_dist.evaluation.explanation import Behaviour, Explanation, as_html, as_text
-from cdr_dist.training.best import best_of_run, best_step
+from cdr_dist.training.best import best_of_run
+from cdr_dist.training.checkpoint import best_step
 from cdr_dist.training.checks import build_updates
 from cdr_dist.training.evaluation_job import options
 from cdr_dist.training.explain import Scorer, finite, last_row_of, typical

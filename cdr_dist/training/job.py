@@ -14,7 +14,7 @@ from cdr_dist.training.checks import build_updates, check_before_start, check_up
 from cdr_dist.training.launch import cluster, quiet_libraries, train
 from cdr_dist.training.memory import check_memory, check_memory_of_cluster
 from cdr_dist.training.run_folder import RunFolder
-from cdr_dist.training.start_vectors import check_start_files
+from cdr_dist.training.start import check_start
 
 
 def train_job(words: list[str], check: bool = False) -> None:
@@ -48,7 +48,7 @@ def check_run(config: TrainConfig) -> str:
     manifest = check_before_start(config, folder)
     check_updates(config, folder)
     if newest(place.checkpoints) is None:
-        check_start_files(config, manifest)
+        check_start(config, folder, manifest)
     verify(folder, manifest, how=config.trainer.verify)
     needed = check_memory(config, manifest)
     if config.trainer.workers and os.environ.get("RAY_ADDRESS"):

@@ -25,7 +25,7 @@ from cdr_dist.training.console import Console
 from cdr_dist.training.lease import Lease
 from cdr_dist.training.memory import check_memory, check_memory_of_cluster
 from cdr_dist.training.run_folder import REPORT, RunFolder
-from cdr_dist.training.start_vectors import check_start_files
+from cdr_dist.training.start import check_start
 
 
 def train(config: TrainConfig, folder: str, quiet: bool = False) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def train(config: TrainConfig, folder: str, quiet: bool = False) -> dict[str, An
     place = RunFolder(config.run)
     place.check(config)
     if newest(place.checkpoints) is None:
-        check_start_files(config, manifest)
+        check_start(config, folder, manifest)
     done = place.summary()
     if done is not None and place.config().trainer.max_steps == config.trainer.max_steps:
         return done
@@ -79,7 +79,12 @@ def absolute(path: str) -> str:
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     start = {table: absolute(path) for table, path in config.tables.start.items()}
-    return dataclasses.replace(config, tables=dataclasses.replace(config.tables, start=start))
+    earlier = config.warm_start.run
+    return dataclasses.replace(
+        config,
+        tables=dataclasses.replace(config.tables, start=start),
+        warm_start=dataclasses.replace(config.warm_start, run=absolute(earlier) if earlier else None),
+    )
 
 
 @contextmanager

@@ -145,6 +145,22 @@ class UpperOptions:
 
 
 @dataclass
+class WarmStartOptions:
+    """An earlier run to begin with, on a dataset that its own was extended to (prepare's extends=)."""
+
+    run: str | None = None
+    """Its folder: the parameters of its best checkpoint are where this run starts; null: none."""
+    new_rows: str = "mean"
+    """Of keys that it did not know; mean: an item starts at the mean of its category, others at that of their table;
+    seed: as without an earlier run."""
+    statistics: bool = False
+    """Whether the fused optimiser's statistics are taken over, too: rows that were trained much then move little."""
+
+    def __post_init__(self) -> None:
+        one_of("warm_start.new_rows", self.new_rows, ("mean", "seed"))
+
+
+@dataclass
 class EvaluationOptions:
     """What is measured, and when."""
 

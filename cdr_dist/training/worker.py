@@ -32,6 +32,7 @@ from cdr_dist.training.session import Session
 from cdr_dist.training.start_vectors import start_from_vectors
 from cdr_dist.training.talk import OverGroup
 from cdr_dist.training.tracking import Recorder, Silent
+from cdr_dist.training.warm_start import warm_start
 
 
 def work(config: TrainConfig, folder: str, run: str, token: str = "") -> dict[str, Any] | str | None:
@@ -64,9 +65,9 @@ def work(config: TrainConfig, folder: str, run: str, token: str = "") -> dict[st
         step = loop.resume()
         if session.rank == 0:
             place.forget_after(step or -1)
-        if step == 0 and config.tables.start:
-            loop.progress.started = start_from_vectors(session)
-            watcher.started(loop.progress.started)
+        if step == 0 and (started := _start(session)):
+            loop.progress.started = started
+            watcher.started(started)
         loop.run()
         if loop.stopped:
             return STOPPED
@@ -77,6 +78,16 @@ def work(config: TrainConfig, folder: str, run: str, token: str = "") -> dict[st
         stop.close()
         if isinstance(watcher, Recorder):
             watcher.close()
+
+
+def _start(session: Session) -> dict[str, int]:
+    """Table -> its rows that an earlier run or given vectors say; vectors win."""
+    config = session.config
+    found: dict[str, int] = {}
+    if config.warm_start.run:
+        earlier = RunFolder(config.warm_start.run)
+        found |= warm_start(session, earlier, config.warm_start.new_rows, config.warm_start.statistics)
+    return found | (start_from_vectors(session) if config.tables.start else {})
 
 
 def phases_of(config: TrainConfig) -> list[Phase]:

@@ -1,0 +1,73 @@
+"""What a new run starts from, checked before anything starts: given vectors, and the parameters of an earlier run."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import polars as pl
+
+from cdr_dist.configuration import TrainConfig
+from cdr_dist.data import storage
+from cdr_dist.data.dataset import Manifest, read_manifest
+from cdr_dist.data.demo import dataset_of
+from cdr_dist.errors import UserError
+from cdr_dist.training.checkpoint import best_step
+from cdr_dist.training.run_folder import RunFolder
+from cdr_dist.training.start_vectors import check_start_files
+
+
+def check_start(config: TrainConfig, folder: str, manifest: Manifest) -> None:
+    """UserError: a file or an earlier run that is not there or does not fit."""
+    check_start_files(config, manifest)
+    if config.warm_start.run:
+        check_fits(RunFolder(config.warm_start.run), config, folder, manifest)
+
+
+def check_fits(place: RunFolder, config: TrainConfig, folder: str, manifest: Manifest) -> None:
+    """UserError: the earlier run is of another model, or its dataset gave an id to another key."""
+    before = place.config()
+    best_step(place)
+    for what, old, new in (
+        ("model", before.model, config.model),
+        ("tables.width", before.tables.width, config.tables.width),
+        ("the recipe's source", before.recipe.source, config.recipe.source),
+    ):
+        if old != new:
+            raise UserError(f"{place.uri}: does not fit: {what} is {_shown(old)} there, {_shown(new)} here")
+    earlier_folder = dataset_of(before.data)
+    if earlier_folder == folder:
+        return
+    try:
+        earlier = read_manifest(earlier_folder)
+    except UserError as error:
+        raise UserError(f"{place.uri}: nobody can tell what its rows stand for: {error}") from error
+    if earlier.checksum != manifest.checksum:
+        for name in earlier.vocab.keys() & manifest.vocab.keys():
+            _check_ids(name, earlier_folder, earlier, folder, manifest)
+
+
+def _shown(value: Any) -> str:
+    return str(dict(value)) if hasattr(value, "items") else str(value)
+
+
+def _check_ids(name: str, earlier_folder: str, earlier: Manifest, folder: str, manifest: Manifest) -> None:
+    """Every key that both know has one id, and every id that both know one key; a key may be gone."""
+    old, new = _keys(earlier_folder, earlier, name), _keys(folder, manifest, name)
+    moved = old.join(new, on="key").filter(pl.col("id") != pl.col("id_right"))
+    if not moved.is_empty():
+        key, was, now = moved.row(0)
+    else:
+        given_on = old.join(new, on="id").filter(pl.col("key") != pl.col("key_right"))
+        if given_on.is_empty():
+            return
+        was, now, key = given_on.select("key", "key_right", "id").row(0)
+    raise UserError(
+        f"{folder}: {name} {key} was {was} in {earlier_folder} and is {now} now: "
+        f"prepare it with extends={earlier_folder}"
+    )
+
+
+def _keys(folder: str, manifest: Manifest, name: str) -> pl.DataFrame:
+    uri = storage.join(folder, manifest.vocab[name].path)
+    return pl.read_parquet(io.BytesIO(storage.read_bytes(uri)), columns=["key", "id"])
