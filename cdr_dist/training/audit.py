@@ -37,12 +37,12 @@ from cdr_dist.training.search import search_all
 
 OWN = {"seeds": "3", "first_seed": "8", "budget": "6", "parallel": "auto", "model": "conet", "out": "", "data": ""}
 SPACE: dict[str, Any] = {
-    "tables.lr": [0.02, 0.3, "log"],
+    "tables.lr": [0.05, 0.3, "log"],
     "dense.lr": [0.0005, 0.005, "log"],
-    "upper.gamma0": [0.25, 1.0, 4.0],
+    "upper.gamma0": [0.25, 1.0, 3.0],
 }
 TRANSFER = {m: [f"recipe={m}"] for m in ("source_features", "joint", "biao")}
-COMMON = ["trainer.workers=0", "trainer.checkpoint_every=0", "trainer.epochs=40", "evaluation.patience=6"]
+COMMON = ["trainer.workers=0", "trainer.checkpoint_every=0", "trainer.epochs=50", "evaluation.patience=8"]
 """Time enough for every method: a learning curve that rests for a while is no end yet."""
 
 
