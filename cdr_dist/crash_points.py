@@ -52,6 +52,11 @@ EFFECTS = (
     "checkpoint.outcome",
     "checkpoint.drop_mark",
     "checkpoint.drop",
+    "nightly.night",
+    "nightly.grow",
+    "nightly.grown",
+    "nightly.publish",
+    "nightly.retire",
 )
 """Every name that `durable` is called with; a test compares them with the source."""
 

@@ -168,7 +168,7 @@ def test_a_run_that_another_job_works_on_is_refused(other_process, tmp_path):
     run = tmp_path / "run"
     held(run, other_process.pid, psutil.Process(other_process.pid).create_time())
     config = from_words(words(rated(), run, "recipe=joint"))
-    with pytest.raises(UserError, match=f"another job works on this run .process {other_process.pid} on "):
+    with pytest.raises(UserError, match=f"another job works here .process {other_process.pid} on "):
         train_alone(config, config.data, quiet=True)
     assert [path.name for path in run.iterdir()] == [lease.FILE]
 
@@ -211,7 +211,7 @@ def test_a_stale_job_that_wakes_up_writes_no_checkpoint(tmp_path):
             held(run, os.getpid(), 0.0)
         return original(update, stop_wanted)
 
-    with replaced(Lower, "run", taken), pytest.raises(UserError, match="another job has taken this run over"):
+    with replaced(Lower, "run", taken), pytest.raises(UserError, match="another job has taken over here"):
         train_alone(config, config.data, quiet=True)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000005", "step-00000010"]
     assert json.loads((run / lease.FILE).read_text())["token"] == "other"

@@ -248,7 +248,7 @@ def test_two_jobs_on_one_run_in_the_store(store, s3, monkeypatch):
     monkeypatch.setattr(lease, "PATIENCE_S", 2.5)
     with Lease(s3) as first:
         lease.check(storage.join(s3, lease.FILE), first.token)
-        with pytest.raises(UserError, match="another job has taken this run over"):
+        with pytest.raises(UserError, match="another job has taken over here"):
             lease.check(storage.join(s3, lease.FILE), "other")
     assert storage.names(s3) == []
 

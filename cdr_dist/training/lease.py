@@ -42,7 +42,7 @@ class Lease:
         other = _read(self._uri)
         if other is not None and _alive(self._uri, other):
             raise UserError(
-                f"{self._uri}: another job works on this run (process {other['process']} on {other['host']}); "
+                f"{self._uri}: another job works here (process {other['process']} on {other['host']}); "
                 "wait for its end or stop it"
             )
         with durable("run.lease"):
@@ -79,7 +79,7 @@ def check(lease: str, token: str) -> None:
     """LeaseLostError unless the lease is still the job's whose token this is; StorageError where nobody can tell."""
     last = _read(lease)
     if last is None or last["token"] != token:
-        raise LeaseLostError(f"{lease}: another job has taken this run over; this one ends")
+        raise LeaseLostError(f"{lease}: another job has taken over here; this one ends")
 
 
 def _read(uri: str) -> dict[str, Any] | None:

@@ -1,0 +1,133 @@
+"""The published model: OUT/latest.json names its run and dataset, and is switched last; what is old enough goes.
+
+OUT/latest.json                 the published version, or not there
+OUT/newest_dataset.json         the dataset whose ids the next one goes on from, published or not
+OUT/datasets/DATE, OUT/runs/DATE, OUT/nights/DATE/night.json
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cdr_dist.crash_points import durable
+from cdr_dist.data import storage
+from cdr_dist.data.dataset import read_manifest
+from cdr_dist.errors import UserError
+
+LATEST, NEWEST_DATASET, NIGHT = "latest.json", "newest_dataset.json", "night.json"
+
+
+@dataclass(frozen=True)
+class Version:
+    """What latest.json says."""
+
+    date: str
+    run: str
+    dataset: str
+    checksum: str
+    """Of the run's parameters."""
+
+
+class Publisher:
+    """The files of an `out` folder that outlast a night."""
+
+    def __init__(self, out: str) -> None:
+        self.out = out
+
+    def dataset(self, date: str) -> str:
+        return storage.join(self.out, "datasets", date)
+
+    def run(self, date: str) -> str:
+        return storage.join(self.out, "runs", date)
+
+    def night(self, date: str, name: str = NIGHT) -> str:
+        return storage.join(self.out, "nights", date, name)
+
+    def latest(self) -> Version | None:
+        """UserError: damaged."""
+        uri = storage.join(self.out, LATEST)
+        raw = _read(uri)
+        try:
+            return None if raw is None else Version(**raw)
+        except TypeError as error:
+            raise UserError(f"{uri}: damaged; write it again from the night.json of the version that serves") from error
+
+    def publish(self, version: Version) -> None:
+        with durable("nightly.publish"):
+            _write(storage.join(self.out, LATEST), asdict(version))
+
+    def newest_dataset(self, growing: str) -> str:
+        """The dataset that the one of night `growing` goes on from, "" for the first; and remembers that night.
+
+        A night that was killed between writing its dataset and saying so is found by its name: ids were given to keys
+        there, and must not be given to others. Only one night at a time calls this.
+        """
+        uri = storage.join(self.out, NEWEST_DATASET)
+        said = _read(uri) or {"dataset": "", "growing": ""}
+        if said["growing"] and said["growing"] != growing and self._is_dataset(said["growing"]):
+            said["dataset"] = self.dataset(said["growing"])
+        if said["growing"] != growing:
+            said["growing"] = growing
+            with durable("nightly.grow"):
+                _write(uri, said)
+        return str(said["dataset"])
+
+    def grown(self, date: str) -> None:
+        """The dataset of that night is complete: the next one goes on from it."""
+        with durable("nightly.grown"):
+            _write(storage.join(self.out, NEWEST_DATASET), {"dataset": self.dataset(date), "growing": ""})
+
+    def read_night(self, date: str) -> dict[str, Any]:
+        """What is known of a night; empty before it begins."""
+        return _read(self.night(date)) or {}
+
+    def write_night(self, date: str, known: dict[str, Any]) -> None:
+        with durable("nightly.night"):
+            _write(self.night(date), known)
+
+    def retire(self, keep: int) -> list[str]:
+        """Removes datasets and runs but those of the `keep` last published nights, the published version's and the
+        dataset that ids go on from. The dates of which something went."""
+        dates = sorted(
+            {*storage.names(storage.join(self.out, "datasets")), *storage.names(storage.join(self.out, "runs"))}
+        )
+        latest, newest = self.latest(), (_read(storage.join(self.out, NEWEST_DATASET)) or {}).get("dataset", "")
+        serves = latest.date if latest else ""
+        published = [date for date in dates if date == serves or self.read_night(date).get("published")]
+        kept = {*published[-keep:], serves}
+        gone = []
+        for date in dates:
+            over = date not in kept and bool(self.read_night(date).get("outcome"))
+            # The run first: without its dataset nobody could tell what its rows stand for.
+            for folder in (self.run(date), self.dataset(date)) if over else ():
+                if folder != newest and storage.names(folder):
+                    with durable("nightly.retire"):
+                        storage.remove_folder(folder)
+                    gone.append(date)
+        return sorted(set(gone))
+
+    def _is_dataset(self, date: str) -> bool:
+        try:
+            read_manifest(self.dataset(date))
+        except UserError:
+            return False
+        return True
+
+
+def _read(uri: str) -> dict[str, Any] | None:
+    """None: not there. UserError: damaged."""
+    try:
+        found = json.loads(storage.read_bytes(uri))
+    except storage.NotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{uri}: damaged, not JSON") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{uri}: damaged, not a JSON object")
+    return found
+
+
+def _write(uri: str, content: dict[str, Any]) -> None:
+    storage.write_bytes(uri, (json.dumps(content, indent=1) + "\n").encode())
