@@ -26,11 +26,11 @@ ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 ANSWER_S, GONE_S, PAUSE_S = 20.0, 300.0, 2.0  # waits for: an answer, a deleted job to be gone, the next look
 
 
-class Mistake(Exception):
+class UserError(Exception):
     """What no retry mends."""
 
 
-class Trouble(Exception):
+class ServerError(Exception):
     """What a retry may mend."""
 
 
@@ -43,7 +43,7 @@ def day_of(job_name: str, days_back: int) -> date:
             return datetime.fromtimestamp(int(found[1]) * 60, UTC).date() - timedelta(days=days_back)
     except ValueError:
         pass
-    raise Mistake(f"job {job_name!r} names no day: nightly-2026-11-20, or made by a CronJob")
+    raise UserError(f"job {job_name!r} names no day: nightly-2026-11-20, or made by a CronJob")
 
 
 def made_from(template: dict[str, Any], name: str, words: list[str]) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class RayJobs:
             token = (self._account / "token").read_text().strip()  # read anew: the kubelet renews it
             trusted = ssl.create_default_context(cafile=str(self._account / "ca.crt"))
         except OSError as error:
-            raise Mistake(f"the service account's token or CA cannot be read ({error})") from error
+            raise UserError(f"the service account's token or CA cannot be read ({error})") from error
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self._url}/{name}".rstrip("/"), data, headers, method=method)
@@ -99,10 +99,10 @@ class RayJobs:
         except urllib.error.HTTPError as error:
             if error.code in (404, 409) and not (error.code == 404 and method == "POST"):
                 return error.code, {}
-            kind = Mistake if error.code in (400, 401, 403, 404, 422) else Trouble
+            kind = UserError if error.code in (400, 401, 403, 404, 422) else ServerError
             raise kind(f"{what}: {error.code} {_message(error)}") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise Trouble(f"{what}: no answer from the API server ({error})") from error
+            raise ServerError(f"{what}: no answer from the API server ({error})") from error
 
 
 def _message(error: urllib.error.HTTPError) -> str:
@@ -117,7 +117,7 @@ def create(jobs: RayJobs, template: str, day: date) -> str:
     name = f"{template}-{day}"
     source = jobs.get(template)
     if source is None:
-        raise Mistake(f"there is no RayJob {template!r} to copy: apply an overlay of k8s/overlays")
+        raise UserError(f"there is no RayJob {template!r} to copy: apply an overlay of k8s/overlays")
     job = made_from(source, name, [f"date={day}"])
     end = time.monotonic() + GONE_S
     deleted = None
@@ -131,7 +131,7 @@ def create(jobs: RayJobs, template: str, day: date) -> str:
                 deleted = there["metadata"]["uid"]
                 jobs.delete(there)
         if time.monotonic() > end:
-            raise Trouble(f"{name} was deleted, but is still there after {GONE_S:.0f} s")
+            raise ServerError(f"{name} was deleted, but is still there after {GONE_S:.0f} s")
         time.sleep(PAUSE_S)
     return f"{name} created" + (" again: the earlier one had failed" if deleted else "")
 
@@ -144,11 +144,11 @@ def main() -> int:
             jobs = RayJobs(server, os.environ["NAMESPACE"], Path(os.environ.get("ACCOUNT", ACCOUNT)))
             template = os.environ["TEMPLATE"]
         except KeyError as error:
-            raise Mistake(f"the variable {error.args[0]} is not set") from error
+            raise UserError(f"the variable {error.args[0]} is not set") from error
         print(create(jobs, template, day))
-    except (Mistake, Trouble) as error:
+    except (UserError, ServerError) as error:
         print(f"create_rayjob: {error}", file=sys.stderr)
-        return 2 if isinstance(error, Mistake) else 1
+        return 2 if isinstance(error, UserError) else 1
     return 0
 
 

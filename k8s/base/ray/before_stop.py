@@ -6,6 +6,7 @@ waits until neither a driver nor a Ray Train worker is left here, at most SECOND
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import time
@@ -32,10 +33,8 @@ def _commands() -> list[tuple[psutil.Process, list[str]]]:
 def main(seconds: float) -> None:
     end = time.monotonic() + seconds
     for driver in drivers():
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             driver.terminate()
-        except psutil.NoSuchProcess:
-            pass
     while (drivers() or workers()) and time.monotonic() < end:
         time.sleep(0.5)
 
