@@ -86,24 +86,26 @@ class Answers(BaseHTTPRequestHandler):
         """Nothing on the screen."""
 
 
-@pytest.fixture(scope="module")
-def account(tmp_path_factory):
-    """A folder as a pod's service account: token and ca.crt; server.pem beside them."""
-    folder = tmp_path_factory.mktemp("account")
+def certificate():
+    """(certificate, private key) of an API server on loopback that is its own CA, in PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "api")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
+    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - day, now + day)
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), True)
         .sign(key, hashes.SHA256())
     )
-    public = certificate.public_bytes(serialization.Encoding.PEM)
-    form = serialization.PrivateFormat.PKCS8
-    private = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+    form, pem = serialization.PrivateFormat.PKCS8, serialization.Encoding.PEM
+    return made.public_bytes(pem), key.private_bytes(pem, form, serialization.NoEncryption())
+
+
+@pytest.fixture(scope="module")
+def account(tmp_path_factory):
+    """A folder as a pod's service account: token and ca.crt; server.pem beside them."""
+    folder = tmp_path_factory.mktemp("account")
+    public, private = certificate()
     (folder / "ca.crt").write_bytes(public)
     (folder / "server.pem").write_bytes(private + public)
     (folder / "token").write_text("a-token\n")
@@ -220,18 +222,7 @@ def test_no_template_is_the_users_mistake(server, account):
 
 
 def test_a_server_of_another_ca_is_not_told_the_token(server, account, tmp_path):
-    other = ssl.create_default_context().get_ca_certs()
-    assert isinstance(other, list)
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "other")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), 1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .sign(key, hashes.SHA256())
-    )
-    (tmp_path / "ca.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (tmp_path / "ca.crt").write_bytes(certificate()[0])
     (tmp_path / "token").write_text("a-token")
     code, said = run(server, tmp_path)
     assert code == 1

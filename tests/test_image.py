@@ -144,7 +144,7 @@ def test_the_image_installs_what_setup_does(accel, torch, tmp_path):
         folder = tmp_path / who
         (folder / ".venv" / "bin").mkdir(parents=True)
         (folder / "tools").mkdir()
-        (folder / "tools" / "run.sh").write_text(script)
+        (folder / "tools" / "setup.sh").write_text(script)
         shutil.copytree(ROOT / "requirements", folder / "requirements")
         shutil.copy(ROOT / "pyproject.toml", folder)
         for name, body in (("uv", f'echo "$@" >> {folder}/told'), ("python", code)):
@@ -154,7 +154,7 @@ def test_the_image_installs_what_setup_does(accel, torch, tmp_path):
         shell = "sh" if who == "image" else "bash"
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
         ran = subprocess.run(
-            [shell, "tools/run.sh"], cwd=folder, env=environment | {"ACCEL": accel}, capture_output=True, text=True
+            [shell, "tools/setup.sh"], cwd=folder, env=environment | {"ACCEL": accel}, capture_output=True, text=True
         )
         assert ran.returncode == 0, ran.stderr
         told[who] = (folder / "told").read_text().splitlines()
