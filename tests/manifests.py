@@ -262,7 +262,20 @@ def open_network(objects):
         yield "nobody reaches Ray"
 
 
+def unset_variables(objects):
+    """Variables of a command that neither the submitter's shell nor, in other modes, the head's knows."""
+    for one in objects:
+        if one["kind"] == "RayJob":
+            head = one["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+            for pod in (one["spec"]["submitterPodTemplate"], head):
+                (container,) = pod["spec"]["containers"]
+                known = {variable["name"] for variable in container.get("env", [])} | {"DATE"}  # create_rayjob.py's
+                for name in sorted(set(re.findall(r"\$\{?(\w+)", one["spec"]["entrypoint"])) - known):
+                    yield f"RayJob {one['metadata']['name']}: ${name} is not set in {container['name']}"
+
+
 CHECKS = [
+    unset_variables,
     unknown_to_the_schemas,
     not_restricted,
     unbounded,

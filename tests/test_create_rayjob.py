@@ -190,7 +190,15 @@ def test_a_job_that_will_not_go_is_waited_for_so_long_only(server, account):
 
 
 def test_a_date_in_the_name_is_that_day(server, account):
-    assert run(server, account, "nightly-2026-11-03") == (0, "nightly-2026-11-03 created")
+    assert run(server, account, "nightly-by-hand-2026-11-03") == (0, "nightly-2026-11-03 created")
+
+
+def test_a_name_that_kuberay_needs_is_refused(server, account):
+    """Its own Job, which submits, has the name of the RayJob."""
+    code, said = run(server, account, "nightly-2026-11-03")
+    assert code == 2
+    assert "call it nightly-by-hand-2026-11-03" in said
+    assert server.asked == []
 
 
 @pytest.mark.parametrize("name", ["nightly", "nightly-2026-13-40", "nightly-7"])

@@ -77,6 +77,8 @@ WORKER = "spec/workerGroupSpecs/0/template/spec/"
 TRAIN, CRON = ("RayJob", "train"), ("CronJob", "nightly")
 CLIENTS = ("NetworkPolicy", "ray-clients")
 BROKEN = [
+    ("unset_variables", breaking("spec/submitterPodTemplate/spec/containers/0/env", None, TRAIN)),
+    ("unset_variables", breaking("spec/entrypoint", "python jobs/train.py data=$DATA", TRAIN)),
     ("unknown_to_the_schemas", breaking("spec/submissionMode", "K8SJobMode", TRAIN)),
     ("unknown_to_the_schemas", breaking("spec/authOptions/mode", "tokens")),
     ("unknown_to_the_schemas", breaking("spec/rayVersion", "2.60")),

@@ -2,7 +2,7 @@
 
 The day comes from the name of the Job that the pod belongs to, not from the clock: a CronJob names its Jobs
 NAME-<minutes since 1970 of the scheduled time>, so a retry after midnight still means its own day. A Job made by hand,
-nightly-2026-11-20, names the day itself. The RayJob of a day is created once; one that failed is created again.
+nightly-by-hand-2026-11-20, names the day itself. The RayJob of a day is created once; one that failed is created again.
 
 Exit codes: 0 it is there, 2 these files or rights are wrong (no retry mends that), 1 anything else.
 """
@@ -43,7 +43,7 @@ def day_of(job_name: str, days_back: int) -> date:
             return datetime.fromtimestamp(int(found[1]) * 60, UTC).date() - timedelta(days=days_back)
     except ValueError:
         pass
-    raise UserError(f"job {job_name!r} names no day: nightly-2026-11-20, or made by a CronJob")
+    raise UserError(f"job {job_name!r} names no day, as nightly-by-hand-2026-11-20 does")
 
 
 def made_from(template: dict[str, Any], name: str, words: list[str]) -> dict[str, Any]:
@@ -143,6 +143,8 @@ def main() -> int:
             day = day_of(os.environ["JOB_NAME"], int(os.environ["DAYS_BACK"]))
             jobs = RayJobs(server, os.environ["NAMESPACE"], Path(os.environ.get("ACCOUNT", ACCOUNT)))
             template = os.environ["TEMPLATE"]
+            if os.environ["JOB_NAME"] == f"{template}-{day}":  # KubeRay gives this name to the Job that submits
+                raise UserError(f"the job's name is that of its RayJob: call it {template}-by-hand-{day}")
         except KeyError as error:
             raise UserError(f"the variable {error.args[0]} is not set") from error
         print(create(jobs, template, day))
