@@ -7,7 +7,8 @@ A pair is helpful (every source category follows the target's tastes), neutral (
 follow other tastes) or mixed (the demo's shape); each has a data seed of its own. The right answer is yes for helpful
 and mixed pairs, and anything else for the others. Printed: each pair's answer, its interval, and by how much the
 recommended model falls behind the best single-domain one on test data, in standard errors over users and seeds.
-pairs: of each kind (kinds, default 3 helpful, 2 neutral, 2 harmful, 3 mixed). Finished runs are read.
+pairs: of each kind (kinds, default 3 helpful, 2 neutral, 2 harmful, 3 mixed); data_seed: of the first one. Finished
+runs are read.
 """
 
 from __future__ import annotations
@@ -38,11 +39,10 @@ KINDS = {
 }
 PAIRS = {"helpful": 3, "neutral": 2, "harmful": 2, "mixed": 3}
 HELPS = ("helpful", "mixed")
-FIRST_SEED = 300
 
 
 def main(words: list[str]) -> None:
-    defaults = {"out": "runs/audit-planted", "kinds": ",".join(KINDS), "pairs": "", "users": "2000"}
+    defaults = {"out": "runs/audit-planted", "kinds": ",".join(KINDS), "pairs": "", "users": "2000", "data_seed": "300"}
     own, rest = apart(words, defaults)
     chosen = own["kinds"].split(",")
     for kind in chosen:
@@ -52,7 +52,7 @@ def main(words: list[str]) -> None:
     rows, right, regrets = [], 0, []
     for kind in chosen:
         for number in range(int(own["pairs"] or PAIRS[kind])):
-            shape = replace(KINDS[kind], users=int(own["users"]), seed=FIRST_SEED + number)
+            shape = replace(KINDS[kind], users=int(own["users"]), seed=int(own["data_seed"]) + number)
             row, good, regret = _audited(kind, shape, Path(own["out"]).absolute() / f"{kind}-{number}", rest)
             rows.append(row)
             right += good
