@@ -19,6 +19,7 @@ from cdr_dist.production import nightly as module
 from cdr_dist.production.gate import GateOptions, Scores, decide
 from cdr_dist.production.nightly_job import nightly_job
 from cdr_dist.production.options import NightlyOptions, read_words
+from cdr_dist.production.publishing import Publisher
 from cdr_dist.training import lease
 from tests.crashes import KILLED, job
 from tests.datasets import scratch
@@ -273,6 +274,12 @@ def test_a_file_says_the_same_as_words(tmp_path):
     assert (config.batch.size, config.trainer.workers, config.trainer.report) == (16, 0, False)
     assert config.evaluation.ks == [5, 10]
     assert found.prepare == ["source=a/{date}", "target=b/{date}"]
+
+
+def test_what_latest_json_names_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Publisher("models/films").run("2026-01-04") == f"{tmp_path}/models/films/runs/2026-01-04"
+    assert Publisher("s3://models/films").run("2026-01-04") == "s3://models/films/runs/2026-01-04"
 
 
 def test_days_begin_where_the_logs_are():

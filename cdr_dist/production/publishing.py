@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from cdr_dist.crash_points import durable
@@ -34,7 +35,8 @@ class Publisher:
     """The files of an `out` folder that outlast a night."""
 
     def __init__(self, out: str) -> None:
-        self.out = out
+        """Absolute, as latest.json is read from anywhere."""
+        self.out = out if "://" in out else str(Path(out).expanduser().absolute())
 
     def dataset(self, date: str) -> str:
         return storage.join(self.out, "datasets", date)
