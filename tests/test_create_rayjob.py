@@ -201,7 +201,7 @@ def test_a_name_that_kuberay_needs_is_refused(server, account):
     assert server.asked == []
 
 
-@pytest.mark.parametrize("name", ["nightly", "nightly-2026-13-40", "nightly-7"])
+@pytest.mark.parametrize("name", ["nightly", "nightly-2026-13-40", "nightly-7", "nightly-by-hand-20261120"])
 def test_a_name_without_a_day_is_the_users_mistake(server, account, name):
     code, said = run(server, account, name)
     assert code == 2

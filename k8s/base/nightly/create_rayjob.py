@@ -39,7 +39,7 @@ def day_of(job_name: str, days_back: int) -> date:
     try:
         if found := re.search(r"-(\d{4}-\d{2}-\d{2})$", job_name):
             return date.fromisoformat(found[1])
-        if found := re.search(r"-(\d{8,9})$", job_name):
+        if (found := re.search(r"-(\d{8,9})$", job_name)) and int(found[1]) > 26_000_000:  # 2019; 20261120 is a typo
             return datetime.fromtimestamp(int(found[1]) * 60, UTC).date() - timedelta(days=days_back)
     except ValueError:
         pass
