@@ -168,7 +168,9 @@ def unprepared_ray_pods(objects):
                 if "emptyDir" not in mounted.get(path, {}):
                     yield f"{where}: {path} cannot be written"
             *_, patience = one.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["0"])
-            if not 60 < int(patience) < spec.get("terminationGracePeriodSeconds", 30):
+            if (
+                not 60 < int(patience) < spec.get("terminationGracePeriodSeconds", 30) - 30
+            ):  # Ray drains its node for 30 s
                 yield f"{where}: is killed before preStop has waited for a checkpoint"
 
 
