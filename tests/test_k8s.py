@@ -115,6 +115,7 @@ BROKEN = [
     ("rights_beyond", breaking("kind", "ClusterRole", ("Role", "nightly"))),
     ("rights_beyond", breaking("automountServiceAccountToken", None, ("ServiceAccount", "ray"))),
     ("unprepared_ray_pods", breaking(WORKER + "terminationGracePeriodSeconds", 30)),
+    ("unprepared_ray_pods", breaking(WORKER + "terminationGracePeriodSeconds", 150)),
     ("unprepared_ray_pods", breaking(HEAD + "containers/0/lifecycle", None)),
     ("unprepared_ray_pods", breaking(WORKER + "volumes/0/emptyDir/medium", None)),
     ("unprepared_ray_pods", breaking(HEAD + "containers/0/volumeMounts/1/mountPath", "/var/tmp")),
@@ -179,13 +180,29 @@ def test_only_workers_of_the_gpu_overlay_ask_for_gpus(accelerator):
         assert ("trainer.device=cuda" in entrypoint) == gpu
 
 
-def test_a_job_uses_no_more_workers_than_its_cluster_has_cores_or_gpus():
-    for accelerator, resource in (("cpu", "cpu"), ("gpu", "nvidia.com/gpu")):
-        spec = named(rendered(accelerator), "RayJob", "train")["spec"]
+@pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
+def test_a_job_and_its_driver_use_what_their_cluster_has(accelerator):
+    """A driver that asks for nothing runs on the head, which gives Ray no cores and has no GPU."""
+    objects = rendered(accelerator)
+    there = yaml.safe_load(named(objects, "ConfigMap", "cdr-files")["data"]["nightly.yaml"])
+    for name in ("train", "nightly"):
+        spec = named(objects, "RayJob", name)["spec"]
         (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
-        limit = int(group["template"]["spec"]["containers"][0]["resources"]["limits"][resource])
-        workers = int(re.search(r"trainer\.workers=(\d+)", spec["entrypoint"])[1])
-        assert workers == limit * group["replicas"]
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        given = re.search(r"trainer\.workers=(\d+)", spec["entrypoint"])
+        workers = int(given[1]) if given else there["trainer.workers"]
+        assert workers + spec.get("entrypointNumCpus", 0) <= int(limits["cpu"]) * group["replicas"]
+        used = workers + spec.get("entrypointNumCpus" if accelerator == "cpu" else "entrypointNumGpus", 0)
+        assert used == int(limits["cpu" if accelerator == "cpu" else "nvidia.com/gpu"]) * group["replicas"]
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", ["prepare", "evaluate", "recommend", "nightly"])
+def test_a_driver_that_works_itself_is_not_on_the_head(name, accelerator):
+    """evaluate opens a run with the device that it was trained on; without that device it ends with a traceback."""
+    spec = named(rendered(accelerator), "RayJob", name)["spec"]
+    assert spec["entrypointNumCpus"] == 1
+    assert spec.get("entrypointNumGpus", 0) == (accelerator == "gpu" and name != "prepare")
 
 
 # Commands: every `python jobs/X.py …` of every manifest goes through that job's own check.
