@@ -156,7 +156,7 @@ def test_as_many_runs_at_once_as_there_are_cores_and_memory_for():
     of_one = need(one, read_manifest(str(datasets.rated()))).host
     assert 2**29 < of_one < 2**30, "else the next lines say nothing"
     assert parallel_of("auto", [one], Room(8, int(3.5 * 2**30))) == 3
-    wide = from_words([data, "trainer.workers=0", "tables.width=1048576"])
+    wide = from_words([data, "trainer.workers=0", "tables.width=65536"])
     of_wide = need(wide, read_manifest(str(datasets.rated()))).host
     assert parallel_of("auto", [one, wide], Room(8, 2 * of_wide)) == 2
     assert parallel_of("auto", [one, wide], Room(8, of_wide // 2)) == 1

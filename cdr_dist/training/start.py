@@ -43,7 +43,7 @@ def check_fits(place: RunFolder, config: TrainConfig, folder: str, manifest: Man
     except UserError as error:
         raise UserError(f"{place.uri}: nobody can tell what its rows stand for: {error}") from error
     if earlier.checksum != manifest.checksum:
-        for name in earlier.vocab.keys() & manifest.vocab.keys():
+        for name in (name for name in earlier.vocab if name in manifest.vocab):
             _check_ids(name, earlier_folder, earlier, folder, manifest)
 
 
