@@ -165,9 +165,7 @@ def test_an_earlier_run_that_does_not_fit_is_one_line(more, message, tmp_path):
 
 def test_a_dataset_with_other_ids_is_refused(tmp_path):
     alone = _prepared("alone")
-    with pytest.raises(
-        UserError, match=r"\w+ \S+ was \d+ in \S+ and is \d+ now: prepare it with extends="
-    ):
+    with pytest.raises(UserError, match=r"\w+ \S+ was \d+ in \S+ and is \d+ now: prepare it with extends="):
         check_run(from_words(words(alone, tmp_path / "run", f"warm_start.run={yesterday()}")))
     with pytest.raises(UserError, match="prepare it with extends="):
         evaluate_run(str(yesterday()), "test", data=str(alone))
