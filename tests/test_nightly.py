@@ -187,6 +187,9 @@ def test_ids_of_a_night_that_died_before_it_said_so_are_given_to_nobody(tmp_path
     assert job("nightly", nightly_job, night(NIGHTS[1], out), crash="nightly.grown:before") == KILLED
     nightly_job(night(NIGHTS[2], out))
     assert known(out, NIGHTS[2])["extends"] == str(out / "datasets" / NIGHTS[1])
+    nightly_job(night(NIGHTS[1], out))  # the dead night after all: later ids are given by now
+    newest = json.loads((out / "newest_dataset.json").read_text())
+    assert newest == {"dataset": str(out / "datasets" / NIGHTS[2]), "growing": ""}
 
 
 # ---- two at once ----------------------------------------------------------------------------------------------------

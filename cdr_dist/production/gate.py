@@ -20,7 +20,9 @@ class GateOptions:
     auc: float = option(0.5, "gate: least test AUC of the new model")
     drop: float = option(0.005, "gate: most that its test AUC may be below the published model's, on the same rows")
     calibration: float = option(0.2, "gate: most that mean prediction / share of likes may differ from 1")
-    known: float = option(0.2, "gate: least share of test rows whose user and item the training has seen")
+    known: float = option(
+        0.2, "gate: least share of test rows whose user training has seen, and of those whose item it has"
+    )
     rows: int = option(100, "gate: fewest test rows that decide anything")
 
     def __post_init__(self) -> None:
@@ -76,8 +78,8 @@ class Verdict:
 
 
 def decide(options: GateOptions, new: Scores, old: Scores | None, known: float) -> Verdict:
-    """old: of the published model on the same rows; None: there is none yet. known: share of the rows that training
-    has seen user and item of. A measure that has no value fails."""
+    """old: of the published model on the same rows; None: there is none yet. known: the smaller one of the
+    shares of rows whose user, and whose item, training has seen. A measure that has no value fails."""
     checks = [
         Check("test rows", len(new.label), f"at least {options.rows}", len(new.label) >= options.rows),
         Check("AUC", new.auc, f"at least {options.auc:g}", new.auc >= options.auc),

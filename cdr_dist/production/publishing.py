@@ -77,7 +77,9 @@ class Publisher:
         return str(said["dataset"])
 
     def grown(self, date: str) -> None:
-        """The dataset of that night is complete: the next one goes on from it."""
+        """The dataset of that night is complete: the next one goes on from it, unless a later one is there already."""
+        if (_read(storage.join(self.out, NEWEST_DATASET)) or {}).get("growing") != date:
+            return
         with durable("nightly.grown"):
             _write(storage.join(self.out, NEWEST_DATASET), {"dataset": self.dataset(date), "growing": ""})
 
