@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
 
+from cdr_dist.data import storage
 from cdr_dist.errors import UserError
 from cdr_dist.training.console import Console
 from cdr_dist.training.run_folder import RunFolder
@@ -136,3 +138,31 @@ def test_a_damaged_summary_is_named(content, tmp_path):
     (tmp_path / "summary.json").write_bytes(content)
     with pytest.raises(UserError, match=f"^{tmp_path}/summary.json: damaged; delete it, and the same command"):
         RunFolder(str(tmp_path)).summary()
+
+
+def test_a_folder_is_removed_whole_while_another_renames_and_writes_in_it(tmp_path, monkeypatch):
+    """A lease's sign of life that comes while the run's folder is removed."""
+    folder = tmp_path / "run"
+    (folder / "a").mkdir(parents=True)
+    for name in ("half.part", "a/one"):
+        (folder / name).write_text("x")
+    unlink, rmdir = os.unlink, os.rmdir
+    came = []
+
+    def unlink_late(path, *, dir_fd=None):
+        if path == "half.part":
+            came.append("renamed")
+            os.replace(folder / "half.part", folder / "whole")
+        unlink(path, dir_fd=dir_fd)
+
+    def rmdir_late(path, *, dir_fd=None):
+        if path == str(folder) and "written" not in came:
+            came.append("written")
+            (folder / "late").write_text("x")
+        rmdir(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", unlink_late)
+    monkeypatch.setattr(os, "rmdir", rmdir_late)
+    storage.remove_folder(str(folder))
+    assert came == ["renamed", "written"]
+    assert not folder.exists()

@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 _CURABLE = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.EINTR)
 """What a network disk may recover from."""
+_MOST_SWEEPS = 20
+"""Times that a folder is swept before what others write into it is an error."""
 
 
 class LocalFiles:
@@ -62,10 +64,21 @@ class LocalFiles:
         within_deadline(lambda: _remove(path))
 
     def remove_folder(self, path: str) -> None:
-        if os.path.isdir(path):
-            shutil.rmtree(path)
-        else:
+        """Also where others still rename or remove files in it."""
+        if not os.path.isdir(path):
             _remove(path)
+            return
+        for _ in range(_MOST_SWEEPS):
+            try:
+                shutil.rmtree(path)
+                return
+            except FileNotFoundError:
+                if not os.path.isdir(path):
+                    return
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:
+                    raise
+        shutil.rmtree(path)
 
     def rename(self, start: str, end: str) -> None:
         """Also over an empty folder."""

@@ -41,7 +41,7 @@ def train(config: TrainConfig, folder: str, quiet: bool = False) -> dict[str, An
         return done
     check_memory(config, manifest)
     with Lease(place.uri) as lease:
-        result, told = _train(config, folder, place, lease.token, most_steps(config, manifest), quiet)
+        result, told = _train(config, folder, place, lease, most_steps(config, manifest), quiet)
     if result == STOPPED:
         raise Stopped(f"{place.uri}: stopped; the same command continues", *told[:1])
     summary = place.summary()
@@ -54,7 +54,7 @@ def train(config: TrainConfig, folder: str, quiet: bool = False) -> dict[str, An
 
 
 def _train(
-    config: TrainConfig, folder: str, place: RunFolder, token: str, steps: int, quiet: bool
+    config: TrainConfig, folder: str, place: RunFolder, lease: Lease, steps: int, quiet: bool
 ) -> tuple[Any, list[int]]:
     """What worker 0 returned, and the signals that came."""
     new = place.is_new()
@@ -65,9 +65,10 @@ def _train(
         start = _in_process if config.trainer.workers == 0 else _on_ray
         told: list[int] = []
         try:
-            return start(_with_absolute_paths(config), absolute(folder), place, token, told), told
+            return start(_with_absolute_paths(config), absolute(folder), place, lease.token, told), told
         except UserError:
             if new:
+                lease.hold_still()
                 place.discard_unless_begun()
             raise
 

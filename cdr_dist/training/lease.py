@@ -52,13 +52,17 @@ class Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
+        self.hold_still()
         with contextlib.suppress(UserError):  # it lapses, and the run's own error counts
             last = _read(self._uri)
             if last is not None and last["token"] == self.token:
                 with durable("run.release"):
                     storage.remove_file(self._uri)
+
+    def hold_still(self) -> None:
+        """No more signs of life: the folder may now be removed. Others still wait for PATIENCE_S."""
+        self._over.set()
+        self._thread.join()
 
     def _beat(self) -> None:
         said = holder.me() | {"token": self.token, "beats": self._beats}
