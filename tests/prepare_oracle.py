@@ -45,3 +45,27 @@ def expected_examples(source: list[Row], target: list[Row], o: Any) -> dict[tupl
                 "positives": {r[1] for r in own if label(r[3])},
             }
     return examples
+
+
+def expected_users(source: list[Row], target: list[Row], o: Any) -> dict[str, dict[str, Any]]:
+    """User -> the row in users/, with keys in place of ids; <unknown> what only users without examples have."""
+    label = (lambda rating: 1.0) if o.labels == "sampled" else (lambda rating: float(rating > o.threshold))
+    in_source, in_target = ({r[0] for r in log} for log in (source, target))
+    trained = in_source & in_target if o.users == "both" else in_target
+    users: dict[str, dict[str, Any]] = {}
+    for user in sorted(in_source | in_target if o.cold_users else trained):
+        found: dict[str, Any] = {"user": user if user in trained else "<unknown>"}
+        for role, log in (("target", target), ("source", source)):
+            known = {r[1] for r in log if r[0] in trained}
+            own = sorted((r for r in log if r[0] == user), key=lambda r: r[2])
+            rows = [(r[1] if r[1] in known else "<unknown>", label(r[3])) for r in own]
+            positives = [item for item, liked in rows if liked]
+            found[f"{role}_history"] = positives[-o.history_length :]
+            if role == "source":
+                before = sum(liked for _, liked in rows[:-1])
+                found["source_candidates"] = [(*rows[-1], before)] if rows else []
+                found["source_history_first"] = max(0, len(positives) - o.history_length)
+            else:
+                found["seen"] = {item for item, _ in rows} - {"<unknown>"}
+        users[user] = found
+    return users

@@ -11,12 +11,12 @@ import pytest
 
 from cdr_dist.data import storage
 from cdr_dist.data.batch import item_categories
-from cdr_dist.data.dataset import VOCABULARIES, read_manifest
+from cdr_dist.data.dataset import UNKNOWN, VOCABULARIES, read_manifest
 from cdr_dist.data.keys import Keys
 from cdr_dist.data.prepare import PrepareOptions, prepare
 from cdr_dist.errors import UserError
 from tests.prepare_oracle import expected_examples
-from tests.test_prepare import keys_of, random_log, run, write_log, written_examples
+from tests.test_prepare import keys_of, random_log, rows_of, run, write_log, written_examples
 
 ITEMS = "item_id\tcategory\tbrand\n"
 
@@ -40,6 +40,17 @@ def test_every_key_keeps_its_id_and_new_ones_come_behind_in_order(tmp_path):
         assert list(new) == list(range(manifest.rows[name]))
     assert len(keys_of(after.out, "user")) > len(keys_of(before.out, "user"))
     assert len(keys_of(after.out, "target_item")) > len(keys_of(before.out, "target_item"))
+
+
+def test_a_user_of_one_domain_alone_keeps_the_id_of_an_earlier_night(tmp_path):
+    logs = [random_log(seed, 20, 300, items=40) for seed in (1, 2)]
+    before, _ = run(tmp_path / "first", *logs)
+    later = [[*logs[0], ("new", "i001", 5, 5.0)], [row for row in logs[1] if row[0] != "u3"]]
+    after, manifest = run(tmp_path / "second", *later, extends=before.out)
+    users = {row["user_id"]: row["user"] for row in rows_of(after.out, "users")}
+    assert users["new"] == UNKNOWN
+    assert keys_of(before.out, "user")[users["u3"]] == "u3"
+    assert manifest.counts["cold_users"] == 2
 
 
 @pytest.mark.parametrize("labels", ["rating", "sampled"])

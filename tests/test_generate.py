@@ -52,6 +52,25 @@ def dataset():
     return written("generated")
 
 
+def test_users_rows_are_what_their_examples_end_with():
+    _, rows = everything()
+    found = {row["user"]: row for row in rows_of(dataset(), "users").iter_rows(named=True)}
+    assert len(found) == SIZES["users"]
+    assert len(read_manifest(str(dataset())).shards["users"]) == 1
+    for (user,), own in rows.sort("timestamp").group_by("user", maintain_order=True):
+        row, liked = found[user], own.filter(pl.col("label") > 0)["item"].to_list()
+        assert row["user_id"] == f"u{user - 2:04d}"
+        assert row["seen_item"] == sorted(set(own["item"].to_list()))
+        assert row["target_history_item"] == liked
+        last = own[-1].to_dicts()[0]
+        n = len(last["source_history_item"])
+        assert row["source_history_item"][:n] == last["source_history_item"]
+        assert len(row["source_candidates_item"]) == 1
+        if row["source_candidates_label"] == [1.0]:
+            assert row["source_candidates_item"] == row["source_history_item"][-1:]
+            assert row["source_candidates_before"] == [len(row["source_history_item"]) - 1]
+
+
 @functools.cache
 def everything(labels="rating"):
     """Every row of every split, in the order of example_id."""

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from cdr_dist.data import examples, partitions, shuffle
 from cdr_dist.data.counts import counts_table
-from cdr_dist.data.dataset import EXAMPLE_SCHEMA, SPLITS, Manifest, read_manifest
+from cdr_dist.data.dataset import EXAMPLE_SCHEMA, FOLDERS, SPLITS, Manifest, read_manifest
 from cdr_dist.data.prepare import PrepareOptions, options_from_words, prepare
 from cdr_dist.errors import UserError
-from tests.prepare_oracle import Row, expected_examples
+from tests.prepare_oracle import Row, expected_examples, expected_users
 
 SHARED = Path(os.environ.get("CDR_SHARED", Path(__file__).parents[1] / ".." / "shared"))
 AMAZON = SHARED / "data" / "amazon14"
@@ -61,7 +61,7 @@ def keys_of(out: str, name: str) -> dict[int, str]:
 
 
 def digests(manifest: Manifest) -> list[str]:
-    return [s.sha256 for split in SPLITS for s in manifest.shards[split]] + [s.sha256 for s in manifest.vocab.values()]
+    return [s.sha256 for of in FOLDERS for s in manifest.shards[of]] + [s.sha256 for s in manifest.vocab.values()]
 
 
 def written_examples(out: str) -> dict[tuple[str, int], dict[str, Any]]:
@@ -97,6 +97,28 @@ def written_examples(out: str) -> dict[tuple[str, int], dict[str, Any]]:
     return found
 
 
+def written_users(out: str) -> dict[str, dict[str, Any]]:
+    user, item, source_item = (keys_of(out, name) for name in ("user", "target_item", "source_item"))
+    rows = rows_of(out, "users")
+    assert len({row["example_id"] for row in rows}) == len(rows)
+    return {
+        row["user_id"]: {
+            "user": user[row["user"]],
+            "target_history": [item[i] for i in row["target_history_item"]],
+            "source_history": [source_item[i] for i in row["source_history_item"]],
+            "source_history_first": row["source_history_first"],
+            "source_candidates": [
+                (source_item[i], label, before)
+                for i, label, before in zip(
+                    *(row[f"source_candidates_{of}"] for of in ("item", "label", "before")), strict=True
+                )
+            ],
+            "seen": {item[i] for i in row["seen_item"]},
+        }
+        for row in rows
+    }
+
+
 logs = st.lists(
     st.tuples(
         st.sampled_from(["0012", "7806397051", "é", "a", "b"]),
@@ -120,8 +142,9 @@ SURE += [(user, f"{user}'s", 0, 1.0) for user in "pq"]  # nobody has all items
     history=st.sampled_from(["past", "train"]),
     history_length=st.sampled_from([1, 3, 50]),
     partitions=st.sampled_from([1, 3]),
+    cold_users=st.booleans(),
 )
-def test_examples_equal_the_oracles(
+def test_examples_and_users_equal_the_oracles(
     tmp_path_factory: pytest.TempPathFactory, source: list[Row], target: list[Row], **choices: Any
 ) -> None:
     folder = tmp_path_factory.mktemp("log")
@@ -135,6 +158,9 @@ def test_examples_equal_the_oracles(
     positives = {at: example.pop("positives") for at, example in expected.items()}
     assert positives
     assert written_examples(options.out) == expected
+    users = expected_users(source, target, options)
+    assert written_users(options.out) == users
+    assert manifest.counts["cold_users"] == sum(of["user"] == "<unknown>" for of in users.values())
     assert manifest.counts["users"] == len({user for user, _ in expected})
     assert manifest.counts["target_behaviours"] == len(expected)
     assert [manifest.examples(s) for s in SPLITS] == [sum(e["split"] == s for e in expected.values()) for s in SPLITS]
@@ -403,6 +429,7 @@ def test_amazon_beauty_and_sports_have_the_known_counts(tmp_path: Path) -> None:
         "target_items": 6259,
         "source_behaviours": 28_380,
         "target_behaviours": 17_766,
+        "cold_users": 22_363 + 35_598 - 2 * 1625,
         "source_log_users": 22_363,
         "target_log_users": 35_598,
         "train_positives": 14_516,

@@ -80,7 +80,7 @@ def random_dataset(folder: Path, shape: Shape) -> str:
         counts=counts | {"source_behaviours": 0, "target_behaviours": shape.rows} | dict.fromkeys(POSITIVES, 1),
         unseen={split: {"user": 0.0, "item": 0.0} for split in SPLITS[1:]},
         unknown=dict.fromkeys(SPLITS, 0.0),
-        shards=shards,
+        shards=shards | {"users": []},
         vocab=vocab,
     )
     (folder / "manifest.json").write_text(manifest.to_json())

@@ -16,6 +16,8 @@ def counts_table(manifest: Manifest) -> str:
         f"{'log users':12}" + "".join(f"{counts[f'{role}_log_users']:>{width},}" for role in ("source", "target")),
         f"{'users':12}{counts['users']:>{width},}{counts['users']:>{width},}",
     ]
+    cold = counts.get("cold_users", 0)
+    lines.append(f"{'cold users':12}{cold:>{width},}{'':{width}}  of one log alone: no examples, but a row in users/")
     for what in ("items", "behaviours"):
         lines.append(f"{what:12}" + "".join(f"{counts[f'{role}_{what}']:>{width},}" for role in ("source", "target")))
     for split, positives in zip(SPLITS, POSITIVES, strict=True):

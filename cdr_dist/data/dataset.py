@@ -3,6 +3,7 @@
     OUT/manifest.json                     written last; a folder without it is not a dataset
     OUT/vocab/{user,source_item,target_item,source_category,target_category}.parquet, {source,target}_COLUMN.parquet
     OUT/{train,valid,test}/part-00000.parquet …
+    OUT/users/part-00000.parquet …                  every user as of the end of the logs: whom to recommend to
 
 Row ids are vocabulary ids: 0 is padding, 1 is unknown, real keys start at 2. `source` and `target` are roles, so
 a dataset of another pair of domains has the same columns; the domains' own names stand in the manifest. Several source
@@ -21,9 +22,12 @@ import pyarrow as pa
 from cdr_dist.data import storage
 from cdr_dist.errors import UserError
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 PADDING, UNKNOWN, FIRST_ID = 0, 1, 2
 SPLITS = ("train", "valid", "test")
+USERS = "users"
+FOLDERS = (*SPLITS, USERS)
+"""Entries of `shards`."""
 POSITIVES = tuple(f"{split}_positives" for split in SPLITS)
 """Entries of `counts`: rows with label 1."""
 VOCABULARIES = ("user", "source_item", "target_item", "source_category", "target_category")
@@ -68,6 +72,24 @@ EXAMPLE_SCHEMA = pa.schema(
         ("negatives_item", _ids),
     ]
 )
+# A row for every user, with what is known of them at the end of the logs; names as in EXAMPLE_SCHEMA.
+USER_SCHEMA = pa.schema(
+    pa.field(name, of, nullable=False)
+    for name, of in [
+        ("user_id", pa.string()),  # the key: a user without examples has no id of their own
+        ("example_id", pa.int64()),  # a hash of the key, which the rows are shuffled by
+        ("user", pa.int32()),
+        ("target_history_item", _ids),
+        ("source_history_item", _ids),
+        ("source_history_first", pa.int32()),
+        # The latest source behaviour, or none: what a recommendation is paired with.
+        ("source_candidates_item", _ids),
+        ("source_candidates_label", _labels),
+        ("source_candidates_before", _ids),
+        ("seen_item", _ids),  # all that the user has had to do with in the target domain, ascending
+    ]
+)
+SCHEMAS = {split: EXAMPLE_SCHEMA for split in SPLITS} | {USERS: USER_SCHEMA}
 # Shuffled ids repeat too little for dictionaries: without them a shard is smaller and written twice as fast.
 PARQUET: dict[str, Any] = {
     "write_page_checksum": True,  # a bit that flips at rest is seen when its page is read
@@ -103,7 +125,8 @@ class Manifest:
     eval_negatives: int  # stored negatives of each validation and test row; 0 with label="rating"
     rows: dict[str, int]  # vocabulary name -> rows, ids 0 and 1 included
     counts: dict[str, int]
-    """users, {source,target}_{items,behaviours}, {source,target}_log_users (of the raw logs), {split}_positives"""
+    """users, {source,target}_{items,behaviours}, {source,target}_log_users (of the raw logs), {split}_positives: of the
+    users with examples; cold_users: of those without that have a row in users/"""
     unseen: dict[str, dict[str, float]]  # valid|test -> user|item -> share of rows training never saw
     unknown: dict[str, float]  # train|valid|test -> share of rows whose user or item id is unknown
     shards: dict[str, list[Shard]]
@@ -145,7 +168,7 @@ def read_manifest(folder: str) -> Manifest:
             raise UserError(
                 f"{path}: damaged or edited (its checksum is that of other entries); copy it again, or {_AGAIN}"
             )
-        raw["shards"] = {split: [Shard(**s) for s in raw["shards"][split]] for split in SPLITS}
+        raw["shards"] = {folder: [Shard(**s) for s in raw["shards"][folder]] for folder in FOLDERS}
         declared = [f"{domain}_{column}" for domain, columns in raw["features"].items() for column in columns]
         raw["vocab"] = {name: Shard(**raw["vocab"][name]) for name in (*VOCABULARIES, *declared)}
         manifest = Manifest(**raw)

@@ -13,11 +13,12 @@ import pyarrow as pa
 
 from cdr_dist.data import hashing, partitions, spill, splits, storage
 from cdr_dist.data.behaviours import Behaviours, Ints, Slices, most_recent
-from cdr_dist.data.dataset import EXAMPLE_SCHEMA, UNKNOWN
+from cdr_dist.data.dataset import EXAMPLE_SCHEMA, SPLITS, UNKNOWN
 from cdr_dist.data.partitions import Partition
 from cdr_dist.data.prepare_options import PrepareOptions
 from cdr_dist.data.shuffle import Buckets
 from cdr_dist.data.stored_negatives import stored_negatives
+from cdr_dist.data.user_rows import user_rows
 
 TARGET_CANDIDATES = 1000
 CHUNK_BYTES = 1 << 28
@@ -30,6 +31,7 @@ class Build:
 
     partition: Partition
     user_ids: str  # spill files: of the users, by partition
+    cold_ids: str  # of the users without examples, likewise
     items: dict[str, str]  # of each domain's items: item_id, known, id, category_id
     target_items: int
     buckets: Buckets
@@ -39,6 +41,7 @@ class Build:
 @dataclass(frozen=True)
 class Built:
     files: list[str]  # spill files by bucket
+    user_files: list[str]  # the same of the users' rows
     rows: list[int]  # train, valid, test
     unknown: list[int]  # rows of each split whose user or item id is unknown
     unseen_user: list[int]  # rows of each split whose user has no training row
@@ -55,7 +58,11 @@ def build(task: Build) -> Built:
         order = np.argsort(bucket, kind="stable")  # made in this order, the table need not be copied into it
         table = examples.table(np.arange(rows.start, rows.stop)[order])
         files.append(spill.write(uri, table, bucket[order], task.buckets.total))
-    return Built(files, *(np.bincount(examples.split[m], minlength=3).tolist() for m in examples.counted()))
+    users = _users(task, examples)
+    bucket = task.buckets.of(np.full(users.num_rows, len(SPLITS)), users["example_id"].to_numpy())
+    uri = storage.join(task.scratch, f"{task.partition.number:05d}-users.arrow")
+    user_files = [spill.write(uri, users, bucket, task.buckets.total)]
+    return Built(files, user_files, *(np.bincount(examples.split[m], minlength=3).tolist() for m in examples.counted()))
 
 
 @dataclass(frozen=True)
@@ -225,6 +232,27 @@ class Examples:
             drawn = stored_negatives(options.seed, user, example_id, positives, self.target_items, count).ravel()
         ends = np.cumsum(evaluated * count)
         return Slices(ends - evaluated * count, ends).of(drawn.astype(np.int32))
+
+
+def _users(task: Build, examples: Examples) -> pa.Table:
+    """The rows of the partition's users (USER_SCHEMA), those without examples included."""
+    length = task.partition.options.history_length
+    keys = [partitions.read_ordered(task.partition, name)["user_id"] for name in ("users", "cold")]
+    target, source = (_of_cold(task, role, len(keys[1])) for role in ("target", "source"))
+    cold_ids = spill.read([task.cold_ids], task.partition.number)["id"].to_numpy()
+    return pa.concat_tables(
+        [
+            user_rows(keys[0].to_arrow(), examples.user_id, examples.target, examples.source, length),
+            user_rows(keys[1].to_arrow(), cold_ids, target, source, length),
+        ]
+    )
+
+
+def _of_cold(task: Build, role: str, users: int) -> Behaviours:
+    rows = partitions.read_ordered(task.partition, f"cold_{role}")
+    items = pl.DataFrame(pl.from_arrow(spill.read([task.items[role]], 0))).select("item_id", item="id")
+    named = rows.join(items, on="item_id", how="left", maintain_order="left")
+    return partitions.behaviours(named.with_columns(pl.col("item").fill_null(UNKNOWN)), users)
 
 
 def _with_ids(task: Build, domain: str, users: int) -> tuple[Behaviours, pl.DataFrame, np.ndarray]:

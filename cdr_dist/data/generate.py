@@ -25,6 +25,8 @@ from cdr_dist.data.dataset import (
     POSITIVES,
     ROW_GROUP_ROWS,
     SPLITS,
+    USER_SCHEMA,
+    USERS,
     VOCAB_SCHEMA,
     VOCABULARIES,
     Manifest,
@@ -35,9 +37,10 @@ from cdr_dist.data.generate_options import GenerateOptions
 from cdr_dist.data.generated_users import Users
 from cdr_dist.data.shuffle import shard_path, shuffle_key, write_groups
 from cdr_dist.data.tasks import run_tasks
+from cdr_dist.data.user_rows import user_rows
 from cdr_dist.errors import UserError
 
-GENERATOR = 1
+GENERATOR = 2
 """Goes up when the same options make another dataset."""
 BLOCK_USERS = 1 << 18
 VOCABULARY_GROUP = 1 << 20
@@ -79,6 +82,8 @@ def _write(options: GenerateOptions, folder: str) -> Manifest:
         for one in written[name]:
             if split == splits.TRAIN:
                 trained |= one.items
+    shards_of_users = range(-(-options.users // options.rows_per_shard))
+    of_users = run_tasks(write_users, [(options, folder, number) for number in shards_of_users], options.workers)
     vocab = run_tasks(write_vocabulary, [(options, folder, name) for name in VOCABULARIES], options.workers)
     of_split = {name: sum(w.positives for w in found) for name, found in written.items()}
     manifest = Manifest(
@@ -94,7 +99,7 @@ def _write(options: GenerateOptions, folder: str) -> Manifest:
             for name, n in zip(SPLITS[1:], rows[1:], strict=True)
         },
         unknown=dict.fromkeys(SPLITS, 0.0),
-        shards={name: [w.shard for w in found] for name, found in written.items()},
+        shards={name: [w.shard for w in found] for name, found in written.items()} | {USERS: of_users},
         vocab=dict(zip(VOCABULARIES, vocab, strict=True)),
         sources=["generated-source"],
         options=_recorded(options),
@@ -111,7 +116,7 @@ def _counted(options: GenerateOptions) -> tuple[dict[str, int], list[int]]:
         target = _places(users, block)
         found["target"] += len(target.user)
         rows += np.bincount(splits.split_of_behaviours(target, users.prepared), minlength=len(SPLITS))
-    counts = {"users": options.users}
+    counts = {"users": options.users, "cold_users": 0}
     for role, behaviours in found.items():
         counts |= {f"{role}_items": getattr(options, f"{role}_items"), f"{role}_behaviours": behaviours}
         counts[f"{role}_log_users"] = options.users
@@ -189,6 +194,28 @@ def _rows_of(task: ShardTask, users: Users) -> tuple[Ints, Ints, Ints]:
     return user[order], place[order], example_id[order]
 
 
+def write_users(task: tuple[GenerateOptions, str, int]) -> Shard:
+    """One shard of the users' rows, in the order of their ids."""
+    options, folder, number = task
+    users, first = Users(options), number * options.rows_per_shard
+    last = min(first + options.rows_per_shard, options.users)
+
+    def groups() -> Iterator[pa.Table]:
+        for start in range(first, last, ROW_GROUP_ROWS):
+            some = np.arange(start, min(start + ROW_GROUP_ROWS, last))
+            of = users.examples(some, np.zeros(len(some), dtype=np.int64))
+            keys = _keys("u", some, options.users)
+            yield user_rows(keys, of.user_id, of.target, of.source, users.prepared.history_length)
+
+    return write_groups(folder, f"{USERS}/part-{number:05d}.parquet", groups(), USER_SCHEMA)
+
+
+def _keys(letter: str, numbers: Ints, of: int) -> pa.Array:
+    """s0001, …"""
+    digits = pc.utf8_lpad(pa.array(numbers).cast(pa.string()), len(str(of - 1)), "0")
+    return pc.binary_join_element_wise(letter, digits, "")
+
+
 def write_vocabulary(task: tuple[GenerateOptions, str, str]) -> Shard:
     """`vocab/NAME.parquet`: keys s0001, t0001, u0001, … in the order of their ids."""
     options, folder, name = task
@@ -200,9 +227,7 @@ def write_vocabulary(task: tuple[GenerateOptions, str, str]) -> Shard:
     def groups() -> Iterator[pa.Table]:
         for first in range(0, rows, VOCABULARY_GROUP):
             number = np.arange(first, min(first + VOCABULARY_GROUP, rows))
-            digits = pc.utf8_lpad(pa.array(number).cast(pa.string()), len(str(rows - 1)), "0")
-            key = pc.binary_join_element_wise(name[0], digits, "")
-            columns = {"id": pa.array((number + FIRST_ID).astype(np.int32)), "key": key}
+            columns = {"id": pa.array((number + FIRST_ID).astype(np.int32)), "key": _keys(name[0], number, rows)}
             if domain is not None and part == "item":
                 columns["category"] = pa.array(domain.category_ids(number).astype(np.int32))
             yield pa.table(columns, schema=schema)

@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
+
+from cdr_dist.compiled import compiled
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -47,6 +50,26 @@ def integers(bits: NDArray[np.uint64], n: ArrayLike) -> NDArray[np.int64]:
 def uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Maps 64 random bits to the open interval (0, 1)."""
     return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * (1.0 / (1 << 53))
+
+
+def of_keys(keys: pa.Array) -> NDArray[np.uint64]:
+    """64 bits of each text, the same on every machine: FNV-1a over its bytes (Fowler, Noll & Vo), mixed."""
+    texts = keys.cast(pa.large_string())
+    _, offsets, content = texts.buffers()
+    bounds = np.frombuffer(offsets, dtype=np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    letters = np.frombuffer(content, dtype=np.uint8) if content else np.zeros(0, dtype=np.uint8)
+    return mix(key("text"), _fnv(letters, bounds))
+
+
+@compiled()
+def _fnv(letters: NDArray[np.uint8], bounds: NDArray[np.int64]) -> NDArray[np.uint64]:
+    found = np.empty(len(bounds) - 1, dtype=np.uint64)
+    for i in range(len(found)):
+        state = np.uint64(0xCBF29CE484222325)
+        for at in range(bounds[i], bounds[i + 1]):
+            state = (state ^ np.uint64(letters[at])) * np.uint64(0x100000001B3)
+        found[i] = state
+    return found
 
 
 def permutation(start: np.uint64, n: int) -> NDArray[np.int64]:

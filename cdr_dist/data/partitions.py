@@ -63,7 +63,8 @@ class Partition:
     options: PrepareOptions
 
     def file(self, name: str) -> str:
-        """Of this partition: `source` and `target` (ordered), `users`, `source_items` and `target_items`."""
+        """Of this partition: `source` and `target` (ordered), `users`, `source_items` and `target_items`; of users
+        without examples `cold`, `cold_source` and `cold_target`."""
         return storage.join(self.scratch, name, f"{self.number:05d}.arrow")
 
 
@@ -76,6 +77,7 @@ class PartitionCounts:
     positives: list[int]  # those of them with label 1
     source_log_users: int
     target_log_users: int
+    cold_users: int  # users without examples
 
 
 def order(partition: Partition) -> PartitionCounts:
@@ -88,6 +90,8 @@ def order(partition: Partition) -> PartitionCounts:
     in_source, in_target = source.select("user_id").unique(), target.select("user_id").unique()
     kept = in_target.join(in_source, on="user_id", how="semi") if options.users == "both" else in_target
     users = kept.sort("user_id").with_row_index("user")
+    everyone = pl.concat([in_source, in_target]).unique()
+    cold = _order_cold(partition, source, target, everyone.join(kept, on="user_id", how="anti"))
     source, source_items = _ordered(source, users)
     target, target_items = _ordered(target, users)
     source_rows, target_rows = behaviours(source, users.height), behaviours(target, users.height)
@@ -108,7 +112,7 @@ def order(partition: Partition) -> PartitionCounts:
         "target_items": target_items.with_columns(known=_flag(target_rows.item[trains], target_items.height)),
     }
     for name, rows in outputs.items():
-        spill.write_all(partition.file(name), rows.to_arrow(compat_level=pl.CompatLevel.oldest()))
+        _spill(partition.file(name), rows)
     return PartitionCounts(
         users.height,
         source.height,
@@ -117,7 +121,25 @@ def order(partition: Partition) -> PartitionCounts:
         np.bincount(split[target_rows.label > 0], minlength=3).tolist(),
         in_source.height,
         in_target.height,
+        cold,
     )
+
+
+def _order_cold(partition: Partition, source: pl.DataFrame, target: pl.DataFrame, cold: pl.DataFrame) -> int:
+    """Users without examples, and their behaviours with the items' keys, which need not be known -> how many users."""
+    cold = cold.sort("user_id").with_row_index("user")
+    if not partition.options.cold_users:
+        cold = cold.clear()
+    _spill(partition.file("cold"), cold.select("user_id"))
+    for role, rows in (("source", source), ("target", target)):
+        own = rows.join(cold, on="user_id", how="inner", maintain_order="left")
+        own = own.select("user", "item_id", "timestamp", "label").sort("user", "timestamp", maintain_order=True)
+        _spill(partition.file(f"cold_{role}"), own)
+    return cold.height
+
+
+def _spill(uri: str, rows: pl.DataFrame) -> None:
+    spill.write_all(uri, rows.to_arrow(compat_level=pl.CompatLevel.oldest()))
 
 
 def _interactions(files: list[str], number: int) -> pl.DataFrame:

@@ -25,7 +25,7 @@ import polars as pl
 
 from cdr_dist.crash_points import durable
 from cdr_dist.data import examples, holder, interactions, partitions, shuffle, spill, storage, vocabularies
-from cdr_dist.data.dataset import FIRST_ID, POSITIVES, SPLITS, Manifest, Shard, read_manifest
+from cdr_dist.data.dataset import FIRST_ID, FOLDERS, POSITIVES, SPLITS, USERS, Manifest, Shard, read_manifest
 from cdr_dist.data.earlier import Numbered
 from cdr_dist.data.partitions import Partition, PartitionCounts
 from cdr_dist.data.prepare_inputs import Inputs, inputs_of
@@ -147,7 +147,7 @@ def _prepare(options: PrepareOptions, inputs: Inputs, work: str) -> Manifest:
     with _stage("numbered"):
         users, items, users_before = _number(options, inputs, parts)
     with _stage("built the examples"):
-        builds, buckets = _builds(parts, counted, users, items, work)
+        builds, buckets = _builds(parts, counted, users, users_before, items, work)
         built = run_tasks(examples.build, builds, options.workers)
     with _stage("wrote the shards"):
         folder = storage.join(work, "dataset")
@@ -224,32 +224,39 @@ def _number(
 
 
 def _builds(
-    parts: list[Partition], counted: list[PartitionCounts], users: pl.DataFrame, items: dict[str, Items], work: str
+    parts: list[Partition],
+    counted: list[PartitionCounts],
+    users: pl.DataFrame,
+    users_before: Numbered,
+    items: dict[str, Items],
+    work: str,
 ) -> tuple[list[examples.Build], shuffle.Buckets]:
     options = parts[0].options
     user_ids = vocabularies.spill_users(storage.join(work, "ids", "users.arrow"), users, len(parts))
+    cold_ids = vocabularies.spill_cold(storage.join(work, "ids", "cold.arrow"), parts, users_before)
     item_ids = {}
     for role, of_role in items.items():
         columns = of_role.items.select("item_id", "known", "id", "category_id")
         rows = columns.to_arrow(compat_level=pl.CompatLevel.oldest())
         item_ids[role] = spill.write_all(storage.join(work, "ids", f"{role}.arrow"), rows)
-    buckets = shuffle.Buckets.for_rows(options.seed, _sum([c.splits for c in counted]), options.rows_per_shard)
+    rows = [*_sum([c.splits for c in counted]), users.height + sum(c.cold_users for c in counted)]
+    buckets = shuffle.Buckets.for_rows(options.seed, rows, options.rows_per_shard)
     target_items, scratch = items["target"].known.height, storage.join(work, "examples")
-    return [examples.Build(p, user_ids, item_ids, target_items, buckets, scratch) for p in parts], buckets
+    return [examples.Build(p, user_ids, cold_ids, item_ids, target_items, buckets, scratch) for p in parts], buckets
 
 
 def _write_shards(
     folder: str, buckets: shuffle.Buckets, built: list[examples.Built], workers: int
 ) -> dict[str, list[Shard]]:
-    files = [file for one in built for file in one.files]
+    of_users, of_examples = ([file for one in built for file in getattr(one, f)] for f in ("user_files", "files"))
     tasks = [
-        shuffle.ShardTask(folder, split, number, buckets, files)
-        for split in range(len(SPLITS))
+        shuffle.ShardTask(folder, split, number, buckets, of_users if name == USERS else of_examples)
+        for split, name in enumerate(FOLDERS)
         for number in range(buckets.shards[split])
     ]
-    written: dict[str, list[Shard]] = {split: [] for split in SPLITS}
+    written: dict[str, list[Shard]] = {name: [] for name in FOLDERS}
     for task, shard in zip(tasks, run_tasks(shuffle.write_shard, tasks, workers), strict=True):
-        written[SPLITS[task.split]].append(shard)
+        written[FOLDERS[task.split]].append(shard)
     return written
 
 
@@ -298,6 +305,7 @@ def _manifest(
         rows=table_rows,
         counts={
             "users": sum(c.users for c in counted),
+            "cold_users": sum(c.cold_users for c in counted),
             "source_items": vocab["source_item"].rows,
             "source_behaviours": sum(c.source_behaviours for c in counted),
             "target_items": vocab["target_item"].rows,

@@ -101,6 +101,7 @@ class PrepareOptions:
         "", "an earlier dataset: its users, items and categories keep their ids, new ones come behind"
     )
     users: str = option("both", "both: users of both domains; target: all of the target domain's")
+    cold_users: bool = option(True, "rows in users/ also for users without examples: of one domain's log alone")
     vocab: str = option("all", "all: ids for all that occurs; train: only for what training may see")
     history: str = option("past", "past: positives before each behaviour; train: all training positives")
     history_length: int = option(50, "longest stored history, the most recent kept")

@@ -1,4 +1,4 @@
-"""The global shuffle, and the shards that come of it.
+"""The global shuffle of each split, and the shards that come of it; the rows of users are one, too.
 
 Every example has a random 64-bit key, a function of (seed, example_id) alone. A split is sorted by it: a bucket is a
 range of keys, a shard is a range of buckets, and neither partitions nor workers show in a shard's bytes.
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from cdr_dist.crash_points import durable
 from cdr_dist.data import hashing, spill, storage
-from cdr_dist.data.dataset import EXAMPLE_SCHEMA, PARQUET, ROW_GROUP_ROWS, SPLITS, Shard
+from cdr_dist.data.dataset import EXAMPLE_SCHEMA, FOLDERS, PARQUET, ROW_GROUP_ROWS, SCHEMAS, Shard
 
 BUCKET_ROWS = 50_000
 """Rows of a bucket, about: what is sorted in memory at a time."""
@@ -50,7 +50,7 @@ class Buckets:
         return int(self.counts.sum())
 
     def of(self, split: np.ndarray, example_id: np.ndarray) -> np.ndarray:
-        """The bucket of each row; those of train come first, then valid, then test."""
+        """The bucket of each row; those of train come first, then valid, test, users."""
         first = np.cumsum(self.counts) - self.counts
         return first[split] + hashing.integers(shuffle_key(self.seed, example_id), self.counts[split])
 
@@ -72,11 +72,13 @@ class ShardTask:
 
 def write_shard(task: ShardTask) -> Shard:
     """Writes one shard, in the order of the shuffle's keys, ROW_GROUP_ROWS rows a group."""
-    return write_groups(task.folder, shard_path(task.split, task.number), _row_groups(_sorted_buckets(task)))
+    schema = SCHEMAS[FOLDERS[task.split]]
+    groups = _row_groups(_sorted_buckets(task), schema)
+    return write_groups(task.folder, shard_path(task.split, task.number), groups, schema)
 
 
 def shard_path(split: int, number: int) -> str:
-    return f"{SPLITS[split]}/part-{number:05d}.parquet"
+    return f"{FOLDERS[split]}/part-{number:05d}.parquet"
 
 
 def write_groups(folder: str, path: str, groups: Iterable[pa.Table], schema: pa.Schema = EXAMPLE_SCHEMA) -> Shard:
@@ -98,8 +100,8 @@ def _sorted_buckets(task: ShardTask) -> Iterator[pa.Table]:
         yield rows.take(pa.array(np.argsort(keys)))
 
 
-def _row_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    pending = EXAMPLE_SCHEMA.empty_table()
+def _row_groups(tables: Iterator[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
+    pending = schema.empty_table()
     for table in tables:
         pending = pa.concat_tables([pending, table])
         while pending.num_rows >= ROW_GROUP_ROWS:

@@ -9,6 +9,7 @@ import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -146,6 +147,17 @@ def spill_users(uri: str, users: pl.DataFrame, buckets: int) -> str:
     """Gives every partition its users' id and first_example, in the partition's own order."""
     columns = users.select("id", "first_example").to_arrow(compat_level=pl.CompatLevel.oldest())
     return spill.write(uri, columns, users["partition"].to_numpy(), buckets)
+
+
+def spill_cold(uri: str, parts: Sequence[Partition], before: Numbered) -> str:
+    """Gives every partition the ids of its users without examples: that of before, or unknown."""
+    ids = []
+    for part in parts:
+        keys = partitions.read_ordered(part, "cold").rename({"user_id": "key"})
+        ids.append(keys.join(before.keys, on="key", how="left", maintain_order="left")["id"].fill_null(UNKNOWN))
+    partition = np.repeat([part.number for part in parts], [len(of) for of in ids])
+    columns = pl.DataFrame({"id": pl.concat(ids)}).to_arrow(compat_level=pl.CompatLevel.oldest())
+    return spill.write(uri, columns, partition, len(parts))
 
 
 def write_vocabulary(folder: str, name: str, rows: pl.DataFrame, key: str, features: Iterable[str] = ()) -> Shard:

@@ -63,6 +63,7 @@ def described(fields: Fields, required: tuple[str, ...] = ()) -> list[str]:
     lines = []
     for name, (_, f) in fields.items():
         default = "(required)" if name in required else "" if f.default is None else f.default
+        default = str(default).lower() if isinstance(default, bool) else default
         lines.append(f"  {name + '=' + str(default):34} {f.metadata['doc']}")
     return lines
 
@@ -70,6 +71,9 @@ def described(fields: Fields, required: tuple[str, ...] = ()) -> list[str]:
 def _value(name: str, text: str, kind: Any) -> Any:
     if kind is str:
         return text
+    if kind is bool:
+        check(text in ("true", "false"), f"{name}={text}: true or false")
+        return text == "true"
     number = float if kind is float else int
     try:
         return number(text)
