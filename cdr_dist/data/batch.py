@@ -18,7 +18,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cdr_dist.data import storage
-from cdr_dist.data.dataset import PADDING, UNKNOWN, Manifest
+from cdr_dist.data.dataset import PADDING, UNKNOWN, USERS, Manifest
 from cdr_dist.data.feature_names import DOMAINS, HISTORY_FEATURES, column_of, is_bag, of_history, of_target_item
 from cdr_dist.data.hashing import integers, key, mix, uniform
 from cdr_dist.data.histories import History
@@ -111,11 +111,13 @@ class BatchBuilder:
         return 1 + self._options.negatives if self._sampled else 1
 
     def columns(self, split: str) -> list[str]:
-        wanted = list(_EXAMPLE)
-        if split == "train":
-            wanted += _PEERS if self._peers else _PEERS[: int(self._sampled)]
-        elif self._sampled:
-            wanted.append("negatives_item")
+        """Of a split, or of the users' rows."""
+        if split == USERS:
+            wanted = ["example_id", "user"]
+        elif split == "train":
+            wanted = [*_EXAMPLE, *(_PEERS if self._peers else _PEERS[: int(self._sampled)])]
+        else:
+            wanted = [*_EXAMPLE, *(["negatives_item"] if self._sampled else [])]
         if self._source:
             wanted += _CANDIDATES
         if self._before:
@@ -229,6 +231,14 @@ class BatchBuilder:
             item[negative] = stored.lists("negatives_item").pick(row[negative], j[negative] - 1)
             label[negative] = 0.0
         batch = self._assemble(stored, row, j, item, label, -1, k, global_rows * (1 + k))
+        return self._with_histories(batch, stored)
+
+    def users(self, stored: StoredRows, global_rows: int) -> Batch:
+        """Rows of users, each with the latest source behaviour and the latest histories, and without an item."""
+        nothing = np.zeros(len(stored), dtype=np.int64)
+        batch = self._assemble(
+            stored, np.arange(len(stored)), nothing, nothing + PADDING, np.zeros(len(stored)), -1, 0, global_rows
+        )
         return self._with_histories(batch, stored)
 
     def _assemble(

@@ -34,6 +34,11 @@ class Keys:
         """Keys of the logs, without the reserved ids."""
         return len(self._keys) - FIRST_ID - self._keys.null_count
 
+    def ids_of(self, keys: pa.Array) -> NDArray[np.int64]:
+        """[n] keys -> [n] ids; -1: of none."""
+        found = pc.index_in(keys.cast(pa.large_string()), self._keys.slice(FIRST_ID))
+        return np.asarray(pc.fill_null(found, -1 - FIRST_ID)).astype(np.int64) + FIRST_ID
+
     def of(self, ids: NDArray[np.int64]) -> pa.Array:
         """[n] ids -> [n] keys (string)."""
         return self._keys.take(pa.array(ids)).cast(pa.string())

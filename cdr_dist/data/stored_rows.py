@@ -29,6 +29,9 @@ class Columns:
             self._flat[name] = self._table.column(name).to_numpy()
         return self._flat[name]
 
+    def texts(self, name: str) -> pa.ChunkedArray:
+        return self._table.column(name)
+
     def lists(self, name: str) -> tuple[NDArray, NDArray]:
         """Values of all rows, and the offsets [rows + 1] of each row's."""
         if name not in self._lists:
@@ -80,6 +83,13 @@ class StoredRows:
             _bounds(of.addresses, of.like, self._place, self._row, bounds)
             self._lists[name] = Lists(Scattered(values), self._place, *bounds)
         return self._lists[name]
+
+    def texts(self, name: str) -> pa.Array:
+        """A column of texts, [n]."""
+        parts = [columns.texts(name) for columns in self._columns]
+        first = np.cumsum([0, *map(len, parts)])[:-1]
+        chunks = pa.chunked_array([chunk for part in parts for chunk in part.chunks], type=pa.string())
+        return chunks.take(pa.array(first[self._place] + self._row)).combine_chunks()
 
     def arranged(self, order: NDArray[np.int64]) -> StoredRows:
         """The rows of these numbers."""

@@ -116,18 +116,19 @@ def _positives(session: Session, scorer: PairScorer, rows: Rows) -> _Positives:
     features = rows_by_feature(found, batch.train, session.features)
     part = scorer.row_part(features, batch)[kept]
     own = scorer.logits(part, scorer.item_part({f: features[f][kept] for f in features if of_target_item(f)}))
-    return _Positives(part, _finite(own), batch.example[kept], number[row[counts]], item[counts])
+    return _Positives(part, finite(own), batch.example[kept], number[row[counts]], item[counts])
 
 
 def _by_score(session: Session, scorer: PairScorer, held: Sequence[_Positives]) -> NDArray[np.int64]:
     """All item ids; those that score high with the first rows of the split come first."""
     ids = np.arange(FIRST_ID, session.manifest.rows["target_item"])
     sample = held[0].part[:SAMPLE] if session.rank == 0 else held[0].part[:0]
-    scores = torch.cat([_scores(scorer, sample, part).sum(0) for part in _item_parts(session, scorer, ids)])
+    scores = torch.cat([pair_scores(scorer, sample, part).sum(0) for part in item_parts(session, scorer, ids)])
     return ids[np.argsort(-sum_over_workers(scores).cpu().numpy(), kind="stable")]
 
 
-def _item_parts(session: Session, scorer: PairScorer, ids: NDArray[np.int64]) -> Iterator[Tensor]:
+def item_parts(session: Session, scorer: PairScorer, ids: NDArray[np.int64]) -> Iterator[Tensor]:
+    """`PairScorer.item_part` of item ids [n], LOOKED_UP at a time. A collective call: as many on every worker."""
     features = {f: table for f, table in session.features.items() if of_target_item(f)}
     for first in range(0, len(ids), LOOKED_UP):
         asked = session.builder.target_items(ids[first : first + LOOKED_UP]).to(session.device)
@@ -143,7 +144,7 @@ def _rank(
     place[order] = np.arange(len(order))
     pairs = [_sorted_by(place[positives.item], positives.row) for positives in held]
     first = 0
-    for part in _item_parts(session, scorer, order):
+    for part in item_parts(session, scorer, order):
         for items in part.split(COLUMNS):
             for positives, (column, row) in zip(held, pairs, strict=True):
                 a, b = np.searchsorted(column, [first, first + len(items)])
@@ -168,7 +169,7 @@ def _count(
     alive = torch.nonzero(positives.above < most).squeeze(1)
     if not len(alive):
         return
-    scores = _finite(_scores(scorer, positives.part[alive], items))
+    scores = finite(pair_scores(scorer, positives.part[alive], items))
     now = np.full(len(positives.own), -1)
     now[alive.cpu().numpy()] = np.arange(len(alive))
     out = torch.from_numpy(np.stack([now[row], column])[:, now[row] >= 0]).to(scores.device)
@@ -178,7 +179,7 @@ def _count(
     positives.tied[alive] += (scores == own).sum(1)
 
 
-def _scores(scorer: PairScorer, rows: Tensor, items: Tensor) -> Tensor:
+def pair_scores(scorer: PairScorer, rows: Tensor, items: Tensor) -> Tensor:
     """[n, p] and [m, q] -> logits [n, m]."""
     found = rows.new_empty(len(rows), len(items))
     for a, b in itertools.product(range(0, len(rows), PAIRS // COLUMNS), range(0, len(items), COLUMNS)):
@@ -187,7 +188,7 @@ def _scores(scorer: PairScorer, rows: Tensor, items: Tensor) -> Tensor:
     return found
 
 
-def _finite(scores: Tensor) -> Tensor:
+def finite(scores: Tensor) -> Tensor:
     if not torch.isfinite(scores).all():
         raise UserError("scores are not finite: the model has diverged")
     return scores
