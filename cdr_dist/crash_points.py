@@ -56,7 +56,11 @@ EFFECTS = (
     "nightly.grow",
     "nightly.grown",
     "nightly.publish",
+    "nightly.serve",
     "nightly.retire",
+    "recommend.begin",
+    "recommend.part",
+    "recommend.done",
 )
 """Every name that `durable` is called with; a test compares them with the source."""
 

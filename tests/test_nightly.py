@@ -80,6 +80,11 @@ def test_three_nights(tmp_path, capsys):
         summary = json.loads((out / "runs" / date / "summary.json").read_text())
         assert latest(out)["checksum"] == summary["parameters_sha256"]
         assert ("started" in summary) == (number > 0)
+        served = json.loads((out / "newest_recommendations.json").read_text())
+        assert (served["date"], served["run"]) == (date, latest(out)["run"])
+        rows = pl.read_parquet(f"{served['folder']}/part-*.parquet")
+        assert len(rows) == read_manifest(str(out / "datasets" / date)).examples("users")
+        assert rows["item_id"].list.len().max() == 20
     for name in VOCABULARIES:
         first, *others = (keys_of(str(out / "datasets" / date), name) for date in NIGHTS)
         assert all(other.items() >= first.items() for other in others)
@@ -105,8 +110,14 @@ def test_a_bad_night_keeps_the_published_model_and_says_why_and_the_next_one_goe
     assert "2026-01-05: kept 2026-01-04: AUC 0." in said
     assert "at least 0.99 wanted" in said
     assert (out / "latest.json").read_bytes() == before
-    nightly_job(night(NIGHTS[2], out))
+    served = json.loads((out / "newest_recommendations.json").read_text())
+    assert (served["date"], served["run"]) == (NIGHTS[1], str(out / "runs" / NIGHTS[0])), (
+        "to today's users all the same"
+    )
+    nightly_job(night(NIGHTS[2], out, "recommend.top=3"))
     assert latest(out)["date"] == NIGHTS[2]
+    rows = pl.read_parquet(out / "recommendations" / NIGHTS[2] / "part-*.parquet")
+    assert rows["item_id"].list.len().max() == 3
     assert known(out, NIGHTS[2])["extends"] == str(out / "datasets" / NIGHTS[1]), "its ids are given"
     assert known(out, NIGHTS[2])["against"]["date"] == NIGHTS[0]
 
@@ -120,13 +131,16 @@ def test_a_missed_day_is_made_up_for_and_replaces_nothing(tmp_path, capsys):
     missed = known(out, NIGHTS[1])
     assert missed["extends"] == str(out / "datasets" / NIGHTS[2])
     assert missed["against"] is None, "the published model has seen its test rows"
+    assert "recommendations" not in missed, "nobody wants those of the day before"
+    assert json.loads((out / "newest_recommendations.json").read_text())["date"] == NIGHTS[2]
     assert missed["metrics"]["test"]["auc"] > 0
 
 
 # ---- crashes --------------------------------------------------------------------------------------------------------
 
-OURS = [effect for effect in EFFECTS if effect.startswith("nightly.")]
-IN_CI = {"nightly.publish:before", "nightly.publish:after"}
+FOLDERS = ("datasets", "runs", "nights", "recommendations")
+OURS = [effect for effect in EFFECTS if effect.startswith(("nightly.", "recommend."))]
+IN_CI = {"nightly.publish:before", "nightly.publish:after", "recommend.part:after"}
 
 
 @functools.cache
@@ -143,13 +157,15 @@ def undisturbed():
 def state(out):
     """What lasts of three nights."""
     dataset = read_manifest(str(out / "datasets" / NIGHTS[2]))
-    entries = ("outcome", "metrics", "metrics_published", "against", "extends", "gate")
+    entries = ("outcome", "metrics", "metrics_published", "against", "extends", "gate", "recommendations")
     return {
         "latest": latest(out),
         "newest": json.loads((out / "newest_dataset.json").read_text()),
+        "served": json.loads((out / "newest_recommendations.json").read_text()),
+        "lists": [path.read_bytes() for path in sorted((out / "recommendations" / NIGHTS[2]).glob("part-*"))],
         "dataset": dataset.checksum,
         "night": {name: known(out, NIGHTS[2])[name] for name in entries},
-        "folders": {name: sorted(p.name for p in (out / name).iterdir()) for name in ("datasets", "runs", "nights")},
+        "folders": {name: sorted(p.name for p in (out / name).iterdir()) for name in FOLDERS},
     }
 
 
@@ -177,6 +193,7 @@ def test_old_versions_go_and_what_is_needed_stays():
     _, _, wanted = undisturbed()
     assert wanted["folders"]["runs"] == NIGHTS[2:]
     assert wanted["folders"]["datasets"] == NIGHTS[2:]
+    assert wanted["folders"]["recommendations"] == NIGHTS[2:]
     assert wanted["folders"]["nights"] == NIGHTS, "what they came to stays"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from cdr_dist.errors import UserError
 from cdr_dist.production.gate import Scores, Verdict, decide
 from cdr_dist.production.options import Request, check_day
 from cdr_dist.production.publishing import Publisher, Version
+from cdr_dist.production.recommendation_options import RecommendOptions
 from cdr_dist.training import lease
 from cdr_dist.training.lease import Lease
 from cdr_dist.training.run_folder import SCORES, RunFolder
@@ -70,6 +72,7 @@ class _Night:
         verdict = self._judge(published, manifest)
         self._still_ours()
         outcome = self._publish(verdict, published)
+        self._recommend()
         gone = self._publisher.retire(self._request.own.keep)
         if gone:
             log.info("old versions went: %s", ", ".join(gone))
@@ -152,6 +155,23 @@ class _Night:
         data, run = self._publisher.dataset(self._date), self._publisher.run(self._date)
         self._publisher.publish(Version(self._date, run, data, str(self._known["parameters_sha256"])))
         return "published"
+
+    def _recommend(self) -> None:
+        """By the published version, of whatever night, to the users of this one; not for a day that is made up for."""
+        latest = self._publisher.latest()
+        if not self._request.own.recommendations or latest is None or latest.date > self._date:
+            return
+        from cdr_dist.production.recommendation_job import recommend, told
+
+        data, out = self._publisher.dataset(self._date), self._publisher.recommendations(self._date)
+        log.info("recommendations by the model of %s", latest.date)
+        grown = data if latest.dataset != data else ""
+        options = RecommendOptions(**asdict(self._request.own.recommend), run=latest.run, data=grown, out=out)
+        found = recommend(options)
+        log.info("%s", told(found, out))
+        self._still_ours()
+        self._publisher.serve(self._date, latest)
+        self._note(recommendations={name: found[name] for name in found if name not in ("asked", "parts")})
 
 
 def _scores(uri: str) -> Scores:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -17,6 +17,7 @@ from cdr_dist.data.prepare_options import DATE, PrepareOptions, option_names, op
 from cdr_dist.data.words import check, fields_of, option, values_of
 from cdr_dist.errors import UserError
 from cdr_dist.production.gate import GateOptions
+from cdr_dist.production.recommendation_options import ListOptions
 
 SETTLED = {
     "extends": "yesterday's dataset",
@@ -43,6 +44,8 @@ class NightlyOptions:
     keep: int = option(7, "published versions whose dataset and run stay")
     zone: str = option("UTC", "time zone in which days begin, as Europe/Berlin")
     gate: GateOptions = field(default_factory=GateOptions)
+    recommendations: bool = option(True, "recommendations by the published model to the users of the night's dataset")
+    recommend: ListOptions = field(default_factory=ListOptions)
 
     def __post_init__(self) -> None:
         for name in ("date", "out"):
@@ -88,7 +91,15 @@ class Request:
 
     def content(self) -> dict[str, Any]:
         """What decides a night's outcome, to tell whether it is begun again as another one."""
-        return {"window": self.own.window, "zone": self.own.zone, "prepare": self.prepare, "train": self.train}
+        o = self.own
+        recommend = asdict(o.recommend) if o.recommendations else None
+        return {
+            "window": o.window,
+            "zone": o.zone,
+            "prepare": self.prepare,
+            "train": self.train,
+            "recommend": recommend,
+        }
 
 
 def read_words(words: Sequence[str]) -> Request:
@@ -98,13 +109,16 @@ def read_words(words: Sequence[str]) -> Request:
     merged = from_file | given
     own_fields = fields_of(NightlyOptions)
     own = values_of([f"{n}={v}" for n, v in merged.items() if n in own_fields], own_fields)
-    gate = GateOptions(**{n.removeprefix("gate."): own.pop(n) for n in list(own) if n.startswith("gate.")})
+    groups: dict[str, Any] = {
+        group: cls(**{n.removeprefix(f"{group}."): own.pop(n) for n in list(own) if n.startswith(f"{group}.")})
+        for group, cls in (("gate", GateOptions), ("recommend", ListOptions))
+    }
     rest = {n: v for n, v in merged.items() if n not in own_fields}
     for name in rest:
         check(name not in SETTLED, f"{name}=: is set by the night itself: {SETTLED.get(name)}")
     of_prepare = [f"{n}={v}" for n, v in rest.items() if n in option_names()]
     of_train = [f"{n}={v}" for n, v in rest.items() if n not in option_names() or n.startswith("storage.")]
-    found = Request(NightlyOptions(**own, gate=gate), of_prepare, of_train)
+    found = Request(NightlyOptions(**own, **groups), of_prepare, of_train)
     for name in ("source", "target"):
         check(DATE in rest.get(name, ""), f"{name}={rest.get(name, '')}: name the logs by day, as logs/books/{DATE}/")
     found.prepare_options("out", "")  # checks the rest

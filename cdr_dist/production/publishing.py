@@ -2,7 +2,8 @@
 
 OUT/latest.json                 the published version, or not there
 OUT/newest_dataset.json         the dataset whose ids the next one goes on from, published or not
-OUT/datasets/DATE, OUT/runs/DATE, OUT/nights/DATE/night.json
+OUT/newest_recommendations.json the folder of the newest recommendations, and whose they are
+OUT/datasets/DATE, OUT/runs/DATE, OUT/nights/DATE/night.json, OUT/recommendations/DATE
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from cdr_dist.data.dataset import read_manifest
 from cdr_dist.errors import UserError
 
 LATEST, NEWEST_DATASET, NIGHT = "latest.json", "newest_dataset.json", "night.json"
+NEWEST_RECOMMENDATIONS = "newest_recommendations.json"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Publisher:
     def run(self, date: str) -> str:
         return storage.join(self.out, "runs", date)
 
+    def recommendations(self, date: str) -> str:
+        return storage.join(self.out, "recommendations", date)
+
     def night(self, date: str, name: str = NIGHT) -> str:
         return storage.join(self.out, "nights", date, name)
 
@@ -59,6 +64,12 @@ class Publisher:
     def publish(self, version: Version) -> None:
         with durable("nightly.publish"):
             _write(storage.join(self.out, LATEST), asdict(version))
+
+    def serve(self, date: str, version: Version) -> None:
+        """The recommendations of that night, by that version, are the newest."""
+        said = {"date": date, "folder": self.recommendations(date), "run": version.run, "checksum": version.checksum}
+        with durable("nightly.serve"):
+            _write(storage.join(self.out, NEWEST_RECOMMENDATIONS), said)
 
     def newest_dataset(self, growing: str) -> str:
         """The dataset that the one of night `growing` goes on from, "" for the first; and remembers that night.
@@ -93,7 +104,8 @@ class Publisher:
 
     def retire(self, keep: int) -> list[str]:
         """Removes datasets and runs but those of the `keep` last published nights, the published version's and the
-        dataset that ids go on from. The dates of which something went."""
+        dataset that ids go on from; and recommendations but those of the `keep` last nights that have some. The dates
+        of which something went."""
         dates = sorted(
             {*storage.names(storage.join(self.out, "datasets")), *storage.names(storage.join(self.out, "runs"))}
         )
@@ -110,6 +122,10 @@ class Publisher:
                     with durable("nightly.retire"):
                         storage.remove_folder(folder)
                     gone.append(date)
+        for date in storage.names(storage.join(self.out, "recommendations"))[:-keep]:
+            with durable("nightly.retire"):
+                storage.remove_folder(self.recommendations(date))
+            gone.append(date)
         return sorted(set(gone))
 
     def _is_dataset(self, date: str) -> bool:

@@ -14,13 +14,10 @@ AUTO = 500
 
 
 @dataclass(frozen=True)
-class RecommendOptions:
+class ListOptions:
     """Whom to recommend how much of what."""
 
-    run: str = option("", "folder of the finished run, local or a URI")
-    out: str = option("", "folder of the recommendations, local or a URI")
     top: int = option(20, "items for each user, at most")
-    data: str = option("", "a dataset that the run's own was extended to; empty: the run's own")
     users: str = option("", "file of user ids, one a line or a Parquet column user_id; empty: all users of the dataset")
     items: str = option("", "file of item ids that may be recommended, one a line or a Parquet column item_id")
     seen: str = option("drop", "drop: not what a user has had to do with already; keep: that as well")
@@ -32,14 +29,10 @@ class RecommendOptions:
         "auto", f"items scored for each user: all, or a number; auto: all of up to {ALL_UP_TO:,} items, else {AUTO}"
     )
     recall_users: int = option(128, "users for whom candidates are compared with all items; about")
-    workers: int | None = option(None, "workers; empty: as many as trained the run; 0: in this process")
 
     def __post_init__(self) -> None:
-        for name in ("run", "out"):
-            check(bool(getattr(self, name)), f"{name}= is missing; see --help")
-        for name, least in (("top", 1), ("per_category", 0), ("recall_users", 1), ("workers", 0)):
-            value = getattr(self, name)
-            check(value is None or value >= least, f"{name}={value}: must be {least} or more")
+        for name, least in (("top", 1), ("per_category", 0), ("recall_users", 1)):
+            check(getattr(self, name) >= least, f"{name}={getattr(self, name)}: must be {least} or more")
         check(self.seen in ("drop", "keep"), f"seen={self.seen}: {nearest(self.seen, ['drop', 'keep'])}")
         given = self.candidates
         number = int(given) if given.isascii() and given.isdigit() else 0
@@ -52,6 +45,22 @@ class RecommendOptions:
             return 0
         wanted = max(AUTO, 4 * self.top) if self.candidates == "auto" else int(self.candidates)
         return wanted if wanted < items else 0
+
+
+@dataclass(frozen=True)
+class RecommendOptions(ListOptions):
+    """And of which run, from where and to where."""
+
+    run: str = option("", "folder of the finished run, local or a URI")
+    out: str = option("", "folder of the recommendations, local or a URI")
+    data: str = option("", "a dataset that the run's own was extended to; empty: the run's own")
+    workers: int | None = option(None, "workers; empty: as many as trained the run; 0: in this process")
+
+    def __post_init__(self) -> None:
+        for name in ("run", "out"):
+            check(bool(getattr(self, name)), f"{name}= is missing; see --help")
+        check(self.workers is None or self.workers >= 0, f"workers={self.workers}: must be 0 or more")
+        super().__post_init__()
 
     def content(self) -> dict[str, Any]:
         """What decides the recommendations."""
