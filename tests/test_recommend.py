@@ -264,7 +264,8 @@ def test_approximate_scores_of_few_dimensions_find_the_best_items(monkeypatch):
     for limit in (50_000, 100):  # looking at all, and through cells
         monkeypatch.setattr(candidates_module, "EXACT_UP_TO", limit)
         monkeypatch.setattr(candidates_module, "LOOKED_AT", 1.0)
-        found = Embeddings(type("S", (), {"config": config})(), Products(), ids, users[:40])(users[40:], 50)
+        of_some = users[:40] @ items.t()
+        found = Embeddings(type("S", (), {"config": config})(), Products(), ids, of_some)(users[40:], 50)
         best = (users[40:] @ items.t()).topk(50).indices.numpy() + 2
         assert np.mean([len({*a} & {*b}) / 50 for a, b in zip(found.tolist(), best.tolist(), strict=True)]) > 0.99
 

@@ -53,13 +53,10 @@ HISTORIES = ("target_history_item", "source_history_item")
 
 
 class Embeddings:
-    """Items by approximate score. items [I]: ids; landmarks [L, p]: row parts of users; a collective call."""
+    """Items by approximate score. items [I]: ids; scores [L, I]: of some users with all of them; a collective call."""
 
-    def __init__(self, session: Session, scorer: PairScorer, items: Ints, landmarks: Tensor) -> None:
+    def __init__(self, session: Session, scorer: PairScorer, items: Ints, scores: Tensor) -> None:
         self._scorer, self._items = scorer, items
-        scores = torch.cat(
-            [finite(pair_scores(scorer, landmarks, part)) for part in item_parts(session, scorer, items)], dim=1
-        ).cpu()
         anchors = _anchors(scores, session.config.seed)
         vectors = _compressed(torch.cat([scores, torch.ones(1, len(items))]).t())
         near = vectors[anchors]
@@ -100,9 +97,10 @@ def _index(vectors: NDArray[np.float32], seed: int) -> faiss.Index:
     if items <= EXACT_UP_TO:
         index: faiss.Index = faiss.IndexFlatIP(width)
     else:
-        cells = int(4 * items**0.5)
+        cells = int(2 * items**0.5)
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, cells, faiss.METRIC_INNER_PRODUCT)
-        index.cp.seed, index.nprobe = seed & 0x7FFFFFFF, max(1, int(cells * LOOKED_AT))
+        index.nprobe = max(1, int(cells * LOOKED_AT))
+        index.cp.seed, index.cp.niter, index.cp.max_points_per_centroid = seed & 0x7FFFFFFF, 10, 64
         index.train(vectors)
     index.add(vectors)
     return index

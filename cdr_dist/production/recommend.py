@@ -128,13 +128,14 @@ class Recommender:
             raise UserError("no item may be recommended: none has a training row; see new_items=")
         likes = trained.likes[self.items]
         self._popular = self.items[np.lexsort((self.items, -likes))]
-        landmarks = self._landmarks()
-        self._by_score = self._ordered_by_score(landmarks)
+        scores = self._scores_of_landmarks()
+        # Items that score high in general come first: so most of the others are soon seen to be too low.
+        self._by_score = self.items[np.argsort(-scores.sum(0).numpy(), kind="stable")]
         most = options.candidates_of(len(self.items))
         self.candidates: Candidates | None = None
-        if most:
+        if most and len(scores):
             covisited = CoVisited(session.folder, session.manifest, items)
-            embeddings = Embeddings(session, self._scorer, self.items, landmarks)
+            embeddings = Embeddings(session, self._scorer, self.items, scores)
             self.candidates = Candidates(embeddings, covisited, self._popular, most)
 
     @torch.no_grad()
@@ -240,8 +241,8 @@ class Recommender:
             known |= np.bincount(of_row, weights=flat >= FIRST_ID, minlength=len(stored)) > 0
         return known
 
-    def _landmarks(self) -> Tensor:
-        """Row parts [L, p] of known users, the same on every worker and on any number of them."""
+    def _scores_of_landmarks(self) -> Tensor:
+        """Of known users with all items, [L, I], the same on every worker and on any number of them."""
         session, lanes = self._session, self._session.config.stream.lanes
         each = math.ceil(LANDMARKS / lanes)
         steps = self._first_steps()
@@ -251,15 +252,9 @@ class Recommender:
             if len(some):
                 parts[step.lane, : len(some), 0], parts[step.lane, : len(some), 1:] = 1.0, some
         flat = sum_over_workers(parts).flatten(0, 1)
-        return flat[flat[:, 0] > 0][:, 1:]
-
-    def _ordered_by_score(self, landmarks: Tensor) -> Ints:
-        """Items that score high in general come first: so most of the others are soon seen to be too low."""
-        if not len(landmarks):
-            return self.items
-        parts = item_parts(self._session, self._scorer, self.items)
-        scores = torch.cat([finite(pair_scores(self._scorer, landmarks, part)).sum(0) for part in parts])
-        return self.items[np.argsort(-scores.cpu().numpy(), kind="stable")]
+        landmarks = flat[flat[:, 0] > 0][:, 1:]
+        of_items = item_parts(session, self._scorer, self.items)
+        return torch.cat([finite(pair_scores(self._scorer, landmarks, part)) for part in of_items], dim=1).cpu()
 
     def _chosen(self, held: Sequence[Step]) -> list[Top]:
         found = self._of_all(held) if self.candidates is None else self._of_candidates(held)
