@@ -61,9 +61,6 @@ EFFECTS = (
     "recommend.begin",
     "recommend.part",
     "recommend.done",
-    "export.table",
-    "export.scorer",
-    "export.done",
 )
 """Every name that `durable` is called with; a test compares them with the source."""
 

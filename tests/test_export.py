@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,12 @@ def test_the_tables_are_the_runs_whatever_number_of_workers_writes_them(tmp_path
         "step": best_step(place),
     }
     given |= {"config": Path(given["config"]).read_text(), "out": str(tmp_path / "two")}
+    on_workers(2, export, given)
+    killed = tmp_path / "two"
+    (killed / "tables" / "user" / "part-00009.parquet").write_bytes(b"half")
+    export_job([f"run={place.uri}", f"out={killed}", "workers=0"])
+    assert sorted(path.name for path in (killed / "tables" / "user").iterdir()) == ["part-00000.parquet"]
+    shutil.rmtree(killed)
     on_workers(2, export, given)
     with alone(), best_of_run(place.config(), str(dataset()), place, best_step(place)) as session:
         weights = {name: shard.clone().numpy() for name, (_, shard) in session.tables.shards().items()}

@@ -96,6 +96,7 @@ def without_ray(tmp_path_factory):
     return run
 
 
+@pytest.mark.soak  # of a cluster that is there already, tests/test_ray_submit.py
 def test_two_ray_workers_give_the_bits_of_two_gloo_workers(without_ray, tmp_path):
     """From a folder elsewhere, with paths relative to it; and nothing but our own lines on the screen."""
     (tmp_path / "data").symlink_to(rated())

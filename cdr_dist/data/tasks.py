@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from cdr_dist.data import storage
 from cdr_dist.data.options import StorageOptions
+from cdr_dist.ray_cluster import connect
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -26,8 +27,7 @@ def _run_on_ray(function: Callable[[A], R], arguments: Sequence[A], workers: int
     import ray
     from ray.exceptions import RayTaskError
 
-    if not ray.is_initialized():
-        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    connect(num_cpus=workers, configure_logging=False)
     # Tasks run side by side, so each keeps to one core.
     threads = {"env_vars": {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1"}}
     task: Any = ray.remote(num_cpus=1, runtime_env=threads)(_with_options)

@@ -43,7 +43,7 @@ WIDTH = 48
 """Values of an item's vector in the index."""
 EXACT_UP_TO = 50_000
 """Items up to which neighbours are found by looking at all."""
-LOOKED_AT = 1 / 16
+LOOKED_AT = 1 / 64
 """Of an index of more items, the share of its cells that a query looks at."""
 COVISIT_USERS = 200_000
 """Users, a random sample, whose histories count for co-visitation."""

@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 import torch
 
 from cdr_dist.configuration import from_yaml, to_yaml
-from cdr_dist.crash_points import durable
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.demo import dataset_of
@@ -68,7 +67,7 @@ def export_job(words: Sequence[str]) -> None:
     config = place.config()
     storage.use(config.storage)
     step = best_step(place)
-    check(storage.is_empty(options.out), f"{options.out}: is not empty; choose another out=")
+    _check_free(options.out)
     workers = config.trainer.workers if options.workers is None else options.workers
     check(workers <= config.stream.lanes, f"workers={workers}: more than stream.lanes={config.stream.lanes}")
     trainer = dataclasses.replace(config.trainer, workers=workers, checkpoint="in_place")
@@ -82,10 +81,18 @@ def export_job(words: Sequence[str]) -> None:
         with cluster(workers):
             found = fit(config, place, export_worker, given)
     assert found is not None
-    with durable("export.done"):
-        storage.write_bytes(storage.join(options.out, DONE), (json.dumps(found, indent=1) + "\n").encode())
+    storage.write_bytes(storage.join(options.out, DONE), (json.dumps(found, indent=1) + "\n").encode())
     rows = ", ".join(f"{name} {of['rows']:,}" for name, of in found["tables"].items())
     print(f"{options.out}: step {step} of {options.run}; tables of rows: {rows}; scorer.pt2")
+
+
+def _check_free(out: str) -> None:
+    """What a killed export left is written over."""
+    if not storage.is_empty(out):
+        names = set(storage.names(out))
+        check(bool(names) and names <= {"tables", "vocab", "scorer.pt2"}, f"{out}: is not empty; choose another out=")
+        for name in ("tables", "vocab"):
+            storage.remove_folder(storage.join(out, name))
 
 
 def export_worker(given: dict[str, Any]) -> dict[str, Any] | None:
@@ -108,8 +115,7 @@ def export_worker(given: dict[str, Any]) -> dict[str, Any] | None:
             storage.write_bytes(storage.join(out, path), storage.read_bytes(storage.join(folder, path)))
         file = io.BytesIO()
         torch.export.save(program, file)
-        with durable("export.scorer"):
-            storage.write_bytes(storage.join(out, "scorer.pt2"), file.getvalue())
+        storage.write_bytes(storage.join(out, "scorer.pt2"), file.getvalue())
         features = {
             name: {
                 "table": table,
@@ -141,7 +147,6 @@ def _write_table(session: Session, name: str, out: str) -> dict[str, Any]:
     schema = pa.schema([("id", pa.int32()), ("key", pa.string()), ("vector", pa.list_(pa.float32(), width))])
     uri = storage.join(out, f"tables/{name}/part-{session.rank:05d}.parquet")
     with (
-        durable("export.table"),
         storage.open_output(uri) as file,
         pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False, write_page_checksum=True) as writer,
     ):

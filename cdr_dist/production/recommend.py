@@ -296,12 +296,13 @@ class Recommender:
         for step, top, some in zip(held, found, wanted, strict=True):
             ids = np.unique(some)  # of this step alone: the bits of a product depend on its shape
             parts = self._parts_of(ids)
+            scores = torch.empty(some.shape)
+            place = torch.from_numpy(np.searchsorted(ids, some)).to(parts.device)
             for a in range(0, len(some), rows := max(1, PAIRS // max(1, some.shape[1]))):
-                block = some[a : a + rows]
-                items = parts[torch.from_numpy(np.searchsorted(ids, block)).to(parts.device)]
-                scores = finite(self._scorer.logits(step.part_known[a : a + rows, None], items)).cpu()
-                scores[torch.from_numpy(block == PADDING)] = -torch.inf
-                top.offer(step.rows_known[a : a + rows], block, scores)
+                users = step.part_known[a : a + rows, None]
+                scores[a : a + rows] = finite(self._scorer.logits(users, parts[place[a : a + rows]]))
+            scores[torch.from_numpy(some == PADDING)] = -torch.inf
+            top.offer(step.rows_known, some, scores)
         return found
 
     def _parts_of(self, ids: Ints) -> Tensor:

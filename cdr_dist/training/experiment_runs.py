@@ -5,7 +5,6 @@ A run that fails does not end the others: what became of each is an `Outcome`.
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import signal
@@ -24,6 +23,7 @@ from cdr_dist.data import storage
 from cdr_dist.data.dataset import Manifest, read_manifest
 from cdr_dist.data.demo import dataset_of
 from cdr_dist.errors import Stopped, UserError
+from cdr_dist.ray_cluster import connect
 from cdr_dist.training.experiment import Plan
 from cdr_dist.training.memory import GIB, free_bytes, need
 
@@ -238,7 +238,7 @@ class RayTasks:
     def __init__(self, task: Room) -> None:
         import ray
 
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
+        connect()
         threads = {"env_vars": {"OMP_NUM_THREADS": "1"}}
         needs: dict[str, Any] = {"num_cpus": task.cores, "memory": task.memory or None}
         self._task: Any = ray.remote(**needs, max_retries=0, runtime_env=threads)(run_one)

@@ -19,6 +19,7 @@ from cdr_dist.configuration import TrainConfig, from_yaml, to_yaml
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.errors import STOPPED, Stopped, UserError
+from cdr_dist.ray_cluster import connect
 from cdr_dist.training.checkpoint import newest
 from cdr_dist.training.checks import check_before_start, most_steps
 from cdr_dist.training.console import Console
@@ -213,19 +214,11 @@ def cluster(workers: int) -> Iterator[None]:
     if workers == 0 or ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    else:
+    if not os.environ.get("RAY_ADDRESS"):
         print(f"starting a local Ray for {workers} workers, about half a minute", file=sys.stderr, flush=True)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one more process, for cloud nodes
-        ray.init(
-            address="local",
-            num_cpus=max(workers + 1, os.cpu_count() or 1),  # the controller takes a share, too
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+    connect(num_cpus=max(workers + 1, os.cpu_count() or 1))  # the controller takes a share, too
     try:
         yield
     finally:
