@@ -57,6 +57,7 @@ EFFECTS = (
     "nightly.grown",
     "nightly.publish",
     "nightly.serve",
+    "nightly.page",
     "nightly.retire",
     "recommend.begin",
     "recommend.part",

@@ -85,6 +85,11 @@ def test_three_nights(tmp_path, capsys):
         rows = pl.read_parquet(f"{served['folder']}/part-*.parquet")
         assert len(rows) == read_manifest(str(out / "datasets" / date)).examples("users")
         assert rows["item_id"].list.len().max() == 20
+        drift = known(out, date)["drift"]
+        assert (drift or {}).get("against") == (NIGHTS[number - 1] if number else None)
+        page = (out / "nights" / date / "report.html").read_text()
+        assert f"Night of {date}" in page
+        assert ("The last weeks" in page) == (number > 0)
     for name in VOCABULARIES:
         first, *others = (keys_of(str(out / "datasets" / date), name) for date in NIGHTS)
         assert all(other.items() >= first.items() for other in others)

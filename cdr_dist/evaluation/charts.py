@@ -69,8 +69,8 @@ class Bar:
     colour: str = BLUE
 
 
-def curves(name: str, drawn: Sequence[Curve], y: str, marks: Mapping[str, float] | None = None) -> str:
-    """Over steps; logarithmic where the values are positive and spread over more than a factor of 20.
+def curves(name: str, drawn: Sequence[Curve], y: str, marks: Mapping[str, float] | None = None, x: str = "step") -> str:
+    """Over steps, or what else `x` says; logarithmic where values are positive and spread over more than a factor of 20.
 
     marks: text -> the step where a line across says it.
     """
@@ -93,7 +93,7 @@ def curves(name: str, drawn: Sequence[Curve], y: str, marks: Mapping[str, float]
             axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.yaxis.set_major_formatter(FuncFormatter(_short))
         axes.grid(axis="y")
-        axes.set_xlabel("step")
+        axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(_count))

@@ -22,6 +22,7 @@ from cdr_dist.data import storage
 from cdr_dist.data.dataset import Manifest, read_manifest
 from cdr_dist.data.prepare import prepare
 from cdr_dist.errors import UserError
+from cdr_dist.production.drift import changes, day_from, day_of
 from cdr_dist.production.gate import Scores, Verdict, decide
 from cdr_dist.production.options import Request, check_day
 from cdr_dist.production.publishing import Publisher, Version
@@ -76,7 +77,9 @@ class _Night:
         gone = self._publisher.retire(self._request.own.keep)
         if gone:
             log.info("old versions went: %s", ", ".join(gone))
-        self._note(outcome=outcome, published=outcome == "published")
+        self._known |= {"outcome": outcome, "published": outcome == "published"}
+        self._page()
+        self._note()
         return self._known
 
     def _note(self, **more: Any) -> None:
@@ -97,7 +100,20 @@ class _Night:
         self._still_ours()
         self._publisher.grown(self._date)
         self._note(dataset=out, counts=manifest.counts, unknown=manifest.unknown, unseen=manifest.unseen)
+        self._look_at_the_day(out, manifest)
         return manifest
+
+    def _look_at_the_day(self, folder: str, manifest: Manifest) -> None:
+        """What the day's rows are like, beside those of the last night before it."""
+        day, found = day_of(folder, manifest), []
+        earlier = [date for date in self._publisher.nights() if date < self._date]
+        before = day_from(self._publisher.read_night(earlier[-1]).get("day")) if earlier else None
+        if before is not None:
+            found = changes(before, day, self._request.own.drift)
+        for change in (c for c in found if c.large):
+            log.warning("drift: %s %.4g, %.4g on %s", change.of, change.now, change.before, earlier[-1])
+        drift = {"against": earlier[-1], "changes": [vars(c) | {"large": c.large} for c in found]} if found else None
+        self._note(day=asdict(day), drift=drift)
 
     def _published(self) -> Version | None:
         """The version that this night starts from and is measured against: the published one when it began to train.
@@ -172,6 +188,17 @@ class _Night:
         self._still_ours()
         self._publisher.serve(self._date, latest)
         self._note(recommendations={name: found[name] for name in found if name not in ("asked", "parts")})
+
+    def _page(self) -> None:
+        """Whatever is wrong with the page, the night is over."""
+        from cdr_dist.evaluation.report import page
+        from cdr_dist.production.nightly_report import report_of_night
+
+        before = [self._publisher.read_night(d) for d in self._publisher.nights() if d < self._date]
+        try:
+            self._publisher.write_page(self._date, page(report_of_night(self._known, before)))
+        except UserError as error:
+            log.warning("no page: %s", error)
 
 
 def _scores(uri: str) -> Scores:

@@ -16,6 +16,7 @@ from cdr_dist.data import storage
 from cdr_dist.data.prepare_options import DATE, PrepareOptions, option_names, options_from_words
 from cdr_dist.data.words import check, fields_of, option, values_of
 from cdr_dist.errors import UserError
+from cdr_dist.production.drift import DriftOptions
 from cdr_dist.production.gate import GateOptions
 from cdr_dist.production.recommendation_options import ListOptions
 
@@ -44,6 +45,7 @@ class NightlyOptions:
     keep: int = option(7, "published versions whose dataset and run stay")
     zone: str = option("UTC", "time zone in which days begin, as Europe/Berlin")
     gate: GateOptions = field(default_factory=GateOptions)
+    drift: DriftOptions = field(default_factory=DriftOptions)
     recommendations: bool = option(True, "recommendations by the published model to the users of the night's dataset")
     recommend: ListOptions = field(default_factory=ListOptions)
 
@@ -111,7 +113,7 @@ def read_words(words: Sequence[str]) -> Request:
     own = values_of([f"{n}={v}" for n, v in merged.items() if n in own_fields], own_fields)
     groups: dict[str, Any] = {
         group: cls(**{n.removeprefix(f"{group}."): own.pop(n) for n in list(own) if n.startswith(f"{group}.")})
-        for group, cls in (("gate", GateOptions), ("recommend", ListOptions))
+        for group, cls in (("gate", GateOptions), ("drift", DriftOptions), ("recommend", ListOptions))
     }
     rest = {n: v for n, v in merged.items() if n not in own_fields}
     for name in rest:

@@ -3,7 +3,7 @@
 OUT/latest.json                 the published version, or not there
 OUT/newest_dataset.json         the dataset whose ids the next one goes on from, published or not
 OUT/newest_recommendations.json the folder of the newest recommendations, and whose they are
-OUT/datasets/DATE, OUT/runs/DATE, OUT/nights/DATE/night.json, OUT/recommendations/DATE
+OUT/datasets/DATE, OUT/runs/DATE, OUT/nights/DATE/{night.json,report.html}, OUT/recommendations/DATE
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cdr_dist.data.dataset import read_manifest
 from cdr_dist.errors import UserError
 
 LATEST, NEWEST_DATASET, NIGHT = "latest.json", "newest_dataset.json", "night.json"
-NEWEST_RECOMMENDATIONS = "newest_recommendations.json"
+NEWEST_RECOMMENDATIONS, PAGE = "newest_recommendations.json", "report.html"
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,14 @@ class Publisher:
     def read_night(self, date: str) -> dict[str, Any]:
         """What is known of a night; empty before it begins."""
         return _read(self.night(date)) or {}
+
+    def nights(self) -> list[str]:
+        """The dates of which something is known, ascending."""
+        return sorted(storage.names(storage.join(self.out, "nights")))
+
+    def write_page(self, date: str, content: str) -> None:
+        with durable("nightly.page"):
+            storage.write_bytes(self.night(date, PAGE), content.encode())
 
     def write_night(self, date: str, known: dict[str, Any]) -> None:
         with durable("nightly.night"):
