@@ -70,7 +70,7 @@ class Bar:
 
 
 def curves(name: str, drawn: Sequence[Curve], y: str, marks: Mapping[str, float] | None = None, x: str = "step") -> str:
-    """Over steps, or what else `x` says; logarithmic where values are positive and spread over more than a factor of 20.
+    """Over steps, or what else `x` says; logarithmic where values are positive and spread over a factor of 20.
 
     marks: text -> the step where a line across says it.
     """
