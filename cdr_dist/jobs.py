@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -24,18 +25,21 @@ def run_job(
         if more_help:
             print("\n" + more_help())
         return DONE
+    from cdr_dist import logs
     from cdr_dist.errors import Stopped, UserError
 
+    folder = next((word.partition("=")[2] for word in words if word.startswith(("run=", "out="))), "")
+    logs.configure(name, folder, level=logging.WARNING)
     try:
         return main(words) or DONE
     except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        logs.error(name, str(error))
         return USERS_MISTAKE
     except Stopped as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        logs.error(name, str(error))
         return 128 + error.told_by
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        logs.error(name, "interrupted")
         return INTERRUPTED
     except Exception:
         traceback.print_exc()

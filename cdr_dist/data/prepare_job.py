@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 
+from cdr_dist import logs
 from cdr_dist.data.counts import counts_table
 from cdr_dist.data.prepare import check, options_from_words, prepare
 from cdr_dist.data.prepare_options import with_scenario
@@ -13,10 +13,9 @@ from cdr_dist.data.scenarios import beside_paper, paper_counts
 
 
 def prepare_job(words: list[str], only_check: bool = False) -> None:
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("cdr_dist").setLevel(logging.INFO)  # the clients of object stores have much to say, too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = options_from_words(words)
+    logs.configure("prepare", options.out)
     if only_check:
         there = check(options)
         print("the options and the inputs are in order" + ("; the dataset is there" if there else ""))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
+from cdr_dist import logs
 from cdr_dist.data.prepare import check
 from cdr_dist.evaluation.table import markdown
 from cdr_dist.production.nightly import nightly
@@ -15,9 +15,8 @@ from cdr_dist.production.publishing import Publisher
 
 def nightly_job(words: Sequence[str], only_check: bool = False) -> None:
     """A night that keeps the published model has done its work, too: no error."""
-    logging.basicConfig(format="%(asctime)s %(message)s")
-    logging.getLogger("cdr_dist").setLevel(logging.INFO)
     request = read_words(words)
+    logs.configure("nightly", f"{request.own.out}#{request.own.date}", "%(asctime)s %(message)s")
     if only_check:
         print(_checked(request))
         return

@@ -108,7 +108,7 @@ def _weeks(nights: Sequence[Mapping[str, Any]]) -> Section | None:
     svg = curves("auc-by-night", drawn, "test AUC", x="days")
     rows = [[n["date"], _number(n["metrics"]["test"]["auc"]), str(n.get("outcome", ""))] for n in reversed(measured)]
     table = Table("The nights", ["date", "AUC", "outcome"], rows, folded=True)
-    return Section("The last weeks", says, charts=[Chart("AUC by night", svg, says)], tables=[table])
+    return Section("The last weeks", charts=[Chart("AUC by night", svg, says)], tables=[table])
 
 
 def _data(night: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> Section:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cdr_dist import logs
 from cdr_dist.errors import UserError
 from cdr_dist.training.run_folder import RunFolder
 
@@ -70,10 +71,12 @@ class Console:
             self._bar.n = step
             self._bar.set_postfix_str(text)
         if self._bar is None or line["split"] == "valid":
-            self._say(step, f"{line['split']}  {text}")
+            self._say(step, f"{line['split']}  {text}", split=line["split"], values=values)
 
-    def _say(self, step: int, text: str) -> None:
+    def _say(self, step: int, text: str, **more: Any) -> None:
         text = f"{self._title}  step {step}  {text}"
+        if logs.as_json():
+            text = logs.line("train", self._folder.uri, text, step=step, **more)
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
