@@ -36,7 +36,7 @@ from cdr_dist.training.options import (
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CHOSEN = ("model", "recipe", "preset")
 """Options whose values name a file of configs/."""
-LITERAL = ("data", "run", "warm_start.run")
+LITERAL = ("data", "run", "warm_start.run", "trainer.mlflow")
 """Options whose values are taken as they are: paths with '=' or '(' break Hydra's grammar, 2024 becomes a number."""
 STARTS = "tables.start."
 """The same goes for options that start like this; what follows is the name of a table."""
@@ -130,9 +130,14 @@ def from_yaml(text: str) -> TrainConfig:
     return as_config(OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.create(text)))  # type: ignore[arg-type]
 
 
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Every option, dotted -> its value."""
+    return _flat(OmegaConf.to_container(OmegaConf.structured(config)))
+
+
 def differences(a: TrainConfig, b: TrainConfig, leave_out: Sequence[str] = ()) -> list[str]:
     """`key: a -> b` for every option that differs."""
-    left, right = (_flat(OmegaConf.to_container(OmegaConf.structured(c))) for c in (a, b))
+    left, right = flat(a), flat(b)
     return [
         f"{name}: {left.get(name)} -> {right.get(name)}"
         for name in sorted(left.keys() | right.keys())

@@ -10,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import polars as pl
@@ -39,7 +41,7 @@ class Head:
         token = folder / "token"
         token.write_text(secrets.token_hex(24))
         token.chmod(0o600)
-        self.port, dashboard = free_port(), free_port()
+        self.port, dashboard, self.metrics = free_port(), free_port(), free_port()
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
@@ -47,6 +49,7 @@ class Head:
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
             "RAY_JOB_STOP_WAIT_TIME_S": "120",  # what `ray job stop` waits after SIGTERM; 3 by default
+            "RAY_metrics_report_interval_ms": "500",
             "COLUMNS": "200",
         }
         self.address = f"http://127.0.0.1:{dashboard}"
@@ -54,6 +57,7 @@ class Head:
         # Sockets' paths must be short.
         self._temporary = Path("/tmp") / f"cdr-{secrets.token_hex(3)}"
         given = [f"--port={self.port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--num-cpus=4"]
+        given += [f"--metrics-export-port={self.metrics}"]
         given += [f"--temp-dir={self._temporary}", "--disable-usage-stats"]
         with self._said.open("w") as out:
             self._process = subprocess.Popen(
@@ -80,6 +84,28 @@ class Head:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         shutil.rmtree(self._temporary, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def watched(self, wanted):
+        """Looks at what Prometheus would, all the time -> a list that gets the first line with each of the texts."""
+        found, over = {}, threading.Event()
+
+        def look():
+            while not over.wait(0.3):
+                with contextlib.suppress(OSError):
+                    page = urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=5).read().decode()
+                    for line in page.splitlines():
+                        for text in wanted:
+                            if text in line and not line.startswith("#"):
+                                found.setdefault(text, line)
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield found
+        finally:
+            over.set()
+            thread.join(10)
 
     def cli(self, *given, check=True, timeout=400, environment=None):
         """`ray job …`, from the project's folder."""
@@ -150,7 +176,10 @@ def test_jobs_of_a_whole_life_end_well_and_one_that_is_stopped_goes_on(head, sto
     kept = step_of(run)
     assert kept >= reached
 
-    _, said = head.submit("train-2", "jobs/train.py", *asked)
+    with head.watched(["ray_cdr_dist_step", 'name="target_loss"']) as seen:
+        _, said = head.submit("train-2", "jobs/train.py", *asked)
+    assert f'run="{run}"' in seen["ray_cdr_dist_step"]
+    assert 'split="train"' in seen['name="target_loss"']
     assert said[-1].startswith("biao: test AUC 0."), said
     assert all(line.startswith("biao seed 8  step ") for line in said[:-1]), said
     shown = [int(line.split()[4]) for line in said[:-1]]

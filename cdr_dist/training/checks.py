@@ -18,6 +18,7 @@ from cdr_dist.embeddings.options import TableSpec
 from cdr_dist.errors import UserError, nearest
 from cdr_dist.evaluation.metrics import RANKING
 from cdr_dist.models.protocol import Output
+from cdr_dist.training.mirrors import check_mlflow
 
 METRICS = ("auc", "gauc", "logloss")
 RANKED = re.compile(rf"(?:{'|'.join(RANKING)})@(\d+)")
@@ -159,6 +160,7 @@ class _TwoLabels:
 
 def check_dataset(config: TrainConfig, manifest: Manifest) -> None:
     """What can be said about a dataset before anything is built."""
+    check_mlflow(config)
     unknown = manifest.unknown.get("train", 0.0)
     if unknown > config.trainer.max_unknown:
         raise UserError(

@@ -224,6 +224,8 @@ class TrainerOptions:
     """Shards are checked by checksum, size, or auto (checksum up to 1 GiB)."""
     report: bool = True
     """Whether a finished run gets its page, report.html, which takes two seconds; jobs/report.py writes it as well."""
+    mlflow: str | None = None
+    """Where MLflow keeps a copy of the metrics: local (mlflow.db beside the run) or a tracking URI; null: nowhere."""
     max_unknown: float = 0.05
     """Largest share of unknown ids among the training rows."""
 

@@ -26,7 +26,7 @@ FREE = ("trainer.workers", "trainer.max_steps", "trainer.log_every", "trainer.ch
 FREE_TOO = tuple(
     f"trainer.{name}" for name in ("max_failures", "verify", "checkpoint", "hang_s", "compare_every", "report")
 )
-FREE_ALSO = ("trainer.shared_memory", "trainer.memory_gb", "batch.accumulate", "storage.")
+FREE_ALSO = ("trainer.mlflow", "trainer.shared_memory", "trainer.memory_gb", "batch.accumulate", "storage.")
 SCORES = "scores_test.parquet"
 """Every row of the test split as the best checkpoint scores it: user, example, label, score."""
 METRICS, SUMMARY, CONFIG, STOP = "metrics.jsonl", "summary.json", "config.yaml", "stop"

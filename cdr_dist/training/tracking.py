@@ -1,19 +1,21 @@
-"""What worker 0 writes while it trains: metrics.jsonl and TensorBoard."""
+"""What worker 0 writes while it trains: metrics.jsonl, TensorBoard, and copies for others (`mirrors.py`)."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 from torch.utils.tensorboard import SummaryWriter
 
+from cdr_dist.training.mirrors import Mirror
 from cdr_dist.training.run_folder import RunFolder
 
 
 class Recorder:
     """The loop's watcher on worker 0. Losses are means since the last line."""
 
-    def __init__(self, folder: RunFolder, log_every: int) -> None:
-        self._folder, self._log_every = folder, log_every
+    def __init__(self, folder: RunFolder, log_every: int, mirrors: Sequence[Mirror] = ()) -> None:
+        self._folder, self._log_every, self._mirrors = folder, log_every, mirrors
         self._sums: dict[str, float] = defaultdict(float)
         self._count = 0
         self._files = folder.board()
@@ -42,6 +44,8 @@ class Recorder:
     def close(self) -> None:
         self._board.close()
         self._publish()
+        for mirror in self._mirrors:
+            mirror.close()
 
     def _publish(self) -> None:
         self._board.flush()
@@ -52,6 +56,8 @@ class Recorder:
         self._folder.log(step=step, phase=phase, split=split, values=values)
         for name, value in values.items():
             self._board.add_scalar(f"{split}/{name}", value, step)
+        for mirror in self._mirrors:
+            mirror.write(step, split, values)
 
 
 class Silent:

@@ -27,6 +27,7 @@ from cdr_dist.training.full_ranking import full_ranking
 from cdr_dist.training.learned_weights import against_truth, learned_weights
 from cdr_dist.training.loop import Loop, Phase
 from cdr_dist.training.memory import check_memory_here, keep_freed_memory
+from cdr_dist.training.mirrors import mirrors_of
 from cdr_dist.training.run_folder import SCORES, RunFolder
 from cdr_dist.training.session import Session
 from cdr_dist.training.start_vectors import start_from_vectors
@@ -49,7 +50,8 @@ def work(config: TrainConfig, folder: str, run: str, token: str = "") -> dict[st
     session = Session(config, folder, [update for phase in phases for update in phase.cycle], memory)
     verify(folder, session.manifest, session.rank, session.workers, config.trainer.verify)
     place = RunFolder(run)
-    watcher = Recorder(place, config.trainer.log_every) if session.rank == 0 else Silent()
+    leads = session.rank == 0
+    watcher = Recorder(place, config.trainer.log_every, mirrors_of(config, place)) if leads else Silent()
     still_ours = functools.partial(lease.check, place.file(lease.FILE), token) if token else lambda: None
     checkpoints = Checkpoints(
         place.checkpoints,
