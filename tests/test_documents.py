@@ -38,3 +38,16 @@ def test_files_that_documents_name_exist():
             r"`((?:jobs|configs|tests|docs)/[\w/.]+)`", text
         ):
             assert (ROOT / path.rstrip("/")).exists(), f"{document} names {path}"
+
+
+def test_what_the_operations_page_quotes_is_what_the_code_says():
+    """Every quoted message, cut at its dots and numbers, stands in the source."""
+    page = (ROOT / "docs" / "operations.md").read_text().partition("## What to do when")[2].partition("## Back")[0]
+    sources = "\n".join(path.read_text() for path in (ROOT / "cdr_dist").rglob("*.py"))
+    told = re.sub(r'"\s*\n\s*f?"', "", sources)
+    quoted = [
+        q for row in page.splitlines() if row.startswith("| ") for q in re.findall(r"`([^`]+)`", row.split("|")[1])
+    ]
+    fragments = [part.strip(" ,:()") for q in quoted for part in re.split(r"…|DATE|\d{4}-\d\d-\d\d", q)]
+    assert len(quoted) >= 15
+    assert [part for part in fragments if len(part) > 3 and part not in told] == []

@@ -112,6 +112,7 @@ def test_two_ray_workers_give_the_bits_of_two_gloo_workers(without_ray, tmp_path
     same_run(without_ray, tmp_path / "run")
 
 
+@pytest.mark.soak  # the stop also in tests/test_ray_submit.py
 def test_a_lost_worker_and_a_stop_change_no_bit(without_ray, tmp_path):
     run, given = lasting(tmp_path)
     with Job(given, tmp_path) as job:
