@@ -8,7 +8,6 @@ OUT/export.json                          what goes into it; written last
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from cdr_dist.data.shards import verify
 from cdr_dist.data.words import check, described, fields_of, option, values_of
 from cdr_dist.training.best import best_of_run
 from cdr_dist.training.checkpoint import best_step
-from cdr_dist.training.launch import absolute, alone, cluster, fit, quiet_libraries
+from cdr_dist.training.launch import absolute, on_workers, quiet_libraries, with_workers
 from cdr_dist.training.memory import check_memory_here
 from cdr_dist.training.run_folder import RunFolder
 
@@ -67,20 +66,11 @@ def export_job(words: Sequence[str]) -> None:
     config = place.config()
     storage.use(config.storage)
     step = best_step(place)
+    config = with_workers(config, options.workers)
     _check_free(options.out)
-    workers = config.trainer.workers if options.workers is None else options.workers
-    check(workers <= config.stream.lanes, f"workers={workers}: more than stream.lanes={config.stream.lanes}")
-    trainer = dataclasses.replace(config.trainer, workers=workers, checkpoint="in_place")
-    config = dataclasses.replace(config, trainer=trainer)
     folder, out = absolute(dataset_of(config.data)), absolute(options.out)
     given = {"config": to_yaml(config), "folder": folder, "run": place.uri, "step": step, "out": out}
-    if workers == 0:
-        with alone():
-            found = export_worker(given)
-    else:
-        with cluster(workers):
-            found = fit(config, place, export_worker, given)
-    assert found is not None
+    found = on_workers(config, place, export_worker, given)
     storage.write_bytes(storage.join(options.out, DONE), (json.dumps(found, indent=1) + "\n").encode())
     rows = ", ".join(f"{name} {of['rows']:,}" for name, of in found["tables"].items())
     print(f"{options.out}: step {step} of {options.run}; tables of rows: {rows}; scorer.pt2")

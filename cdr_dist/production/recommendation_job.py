@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import sys
@@ -28,7 +27,7 @@ from cdr_dist.production.recommendation_options import RecommendOptions, options
 from cdr_dist.training import lease
 from cdr_dist.training.best import best_of_run
 from cdr_dist.training.checkpoint import best_step
-from cdr_dist.training.launch import absolute, alone, cluster, fit, quiet_libraries
+from cdr_dist.training.launch import absolute, on_workers, quiet_libraries, with_workers
 from cdr_dist.training.memory import check_memory_here
 from cdr_dist.training.run_folder import RunFolder
 from cdr_dist.training.start import check_fits
@@ -73,7 +72,7 @@ def recommend(options: RecommendOptions) -> dict[str, Any]:
             "users": None if users is None else users.to_pylist(),
             "items": None if items is None else items.to_pylist(),
         }
-        found = _on_workers(config, place, given)
+        found = on_workers(config, place, recommendation_worker, given)
         if users is not None:
             found["users_not_found"] = len(users) - found["users"]
         lease.check(storage.join(options.out, lease.FILE), held.token)
@@ -129,11 +128,7 @@ def _of_run(options: RecommendOptions) -> tuple[TrainConfig, RunFolder, str, Man
         check_fits(place, config, folder, manifest)
     if not manifest.examples(USERS):
         raise UserError(f"{folder}: holds no users to recommend to; prepare it again, into an empty folder")
-    workers = config.trainer.workers if options.workers is None else options.workers
-    if workers > config.stream.lanes:
-        raise UserError(f"workers={workers}: more than stream.lanes={config.stream.lanes}, as many as a run has")
-    trainer = dataclasses.replace(config.trainer, workers=workers, checkpoint="in_place")
-    return dataclasses.replace(config, trainer=trainer), place, folder, manifest
+    return with_workers(config, options.workers), place, folder, manifest
 
 
 def _asked(options: RecommendOptions, place: RunFolder, manifest: Manifest) -> dict[str, Any]:
@@ -206,17 +201,6 @@ def _check_items(items: pa.Array, uri: str, folder: str, manifest: Manifest) -> 
             f"items={uri}: {int(unknown.sum()):,} of {len(items):,} keys are no items of it: {first}, …",
             file=sys.stderr,
         )
-
-
-def _on_workers(config: TrainConfig, place: RunFolder, given: dict[str, Any]) -> dict[str, Any]:
-    if config.trainer.workers == 0:
-        with alone():
-            found = recommendation_worker(given)
-    else:
-        with cluster(config.trainer.workers):
-            found = fit(config, place, recommendation_worker, given)
-    assert found is not None
-    return found
 
 
 def recommendation_worker(given: dict[str, Any]) -> dict[str, Any] | None:

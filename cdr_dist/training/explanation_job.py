@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from cdr_dist.training.checkpoint import best_step
 from cdr_dist.training.checks import build_updates
 from cdr_dist.training.evaluation_job import options
 from cdr_dist.training.explain import Scorer, finite, last_row_of, typical
-from cdr_dist.training.launch import absolute, alone, cluster, fit, quiet_libraries
+from cdr_dist.training.launch import absolute, alone, on_workers, quiet_libraries, with_workers
 from cdr_dist.training.memory import check_memory_here
 from cdr_dist.training.run_folder import RunFolder
 from cdr_dist.training.session import Session
@@ -158,19 +157,11 @@ def explain_all(
     config: TrainConfig, place: RunFolder, step: int, out: str, most: int = 0, workers: int | None = None
 ) -> dict[str, Any]:
     """Writes every behaviour's weight to a Parquet file; what `write_weights` counts. workers: None for the run's."""
-    trainer = dataclasses.replace(config.trainer, workers=config.trainer.workers if workers is None else workers)
-    if trainer.workers > config.stream.lanes:
-        raise UserError(
-            f"workers={trainer.workers}: more than stream.lanes={config.stream.lanes}, as many as a run has"
-        )
-    config = dataclasses.replace(config, trainer=dataclasses.replace(trainer, checkpoint="in_place"))
+    config = with_workers(config, workers)
     folder = absolute(dataset_of(config.data))
     given = {"config": to_yaml(config), "folder": folder, "run": place.uri, "step": step, "out": out, "most": most}
-    if trainer.workers == 0:
-        with alone():
-            return explanation_worker(given)
-    with cluster(trainer.workers):
-        return fit(config, place, explanation_worker, given)
+    found: dict[str, Any] = on_workers(config, place, explanation_worker, given)
+    return found
 
 
 def explanation_worker(given: dict[str, Any]) -> Any:

@@ -146,6 +146,29 @@ def _on_ray(config: TrainConfig, folder: str, place: RunFolder, token: str, told
                 print(_lost(error, lost, config.trainer.max_failures), file=sys.stderr, flush=True)
 
 
+def with_workers(config: TrainConfig, workers: int | None) -> TrainConfig:
+    """A finished run's configuration for so many workers (None: as many as trained it) that only read it.
+
+    UserError: more than it has lanes.
+    """
+    wanted = config.trainer.workers if workers is None else workers
+    if wanted > config.stream.lanes:
+        raise UserError(f"workers={wanted}: more than stream.lanes={config.stream.lanes}, as many as a run has")
+    trainer = dataclasses.replace(config.trainer, workers=wanted, checkpoint="in_place")
+    return dataclasses.replace(config, trainer=trainer)
+
+
+def on_workers(
+    config: TrainConfig, place: RunFolder, function: Callable[[dict[str, Any]], Any], given: dict[str, Any]
+) -> Any:
+    """What function(given) returns on worker 0 of trainer.workers workers, or in this process where there are none."""
+    if config.trainer.workers == 0:
+        with alone():
+            return function(given)
+    with cluster(config.trainer.workers):
+        return fit(config, place, function, given)
+
+
 def fit(config: TrainConfig, place: RunFolder, function: Callable[[dict[str, Any]], Any], given: dict[str, Any]) -> Any:
     """What function(given) returns on worker 0 of trainer.workers workers of Ray Train.
 
