@@ -1,10 +1,10 @@
 # make train: the main job on a fresh machine.  make test: the tests.  make test-s3: those of object storage on a real
 # server (Debian, root).  make bench-check: is anything slower?  make soak: a hundred kills, 10,000 histories, 200 damaged
-# inputs (long).  make mutants: are planted bugs found?  ACCEL=gpu for CUDA.
+# inputs (long).  make mutants: are planted bugs found?  make docs: docs/configuration.md from the code.  ACCEL=gpu for CUDA.
 export ACCEL ?= cpu
 python = .venv/bin/python
 
-.PHONY: setup train test test-s3 lint lock bench-check mutants soak
+.PHONY: setup train test test-s3 lint lock bench-check mutants soak docs
 setup:
 	@tools/setup.sh
 train: setup
@@ -15,6 +15,8 @@ lint: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 bench-check: setup
 	@$(python) tools/bench_check.py
+docs: setup
+	@$(python) tools/configuration.py
 mutants: setup
 	@$(python) tools/mutants.py
 soak: setup

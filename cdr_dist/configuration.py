@@ -51,6 +51,7 @@ class TrainConfig:
     run: str = "runs/${recipe.name}-${seed}"
     """The run folder; the same folder continues where it stopped."""
     seed: int = 8
+    """Of every draw and of every parameter's first value."""
     model: Any = None
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)

@@ -24,9 +24,9 @@ class Option:
 
 def describe_options() -> str:
     """Every option of jobs/train.py with its default and meaning, in groups, and the files that can be chosen."""
-    parts = [_lines([*_top(), *_choices()])]
-    for name, cls in _groups():
-        parts.append(f"{name}: {cls.meaning}\n" + _lines([o for o in _options(cls) if o.name]))
+    parts = [_lines([*top(), *choices()])]
+    for name, meaning, options in groups():
+        parts.append(f"{name}: {meaning}\n" + _lines(options))
     return "Options (key=value, with their defaults; lists as [64,32], nothing as null):\n" + "\n\n".join(parts)
 
 
@@ -41,35 +41,41 @@ class _Class:
         return (ast.get_docstring(_definition(self.module, self.name)) or "").splitlines()[0]
 
 
-def _top() -> Iterator[Option]:
+def top() -> Iterator[Option]:
+    """Options of jobs/train.py that are in no group, but for those that choose files."""
     for option in _options(_Class("", "cdr_dist.configuration", "TrainConfig")):
         if option.name not in _CHOSEN:
             yield option
 
 
-def _choices() -> Iterator[Option]:
+def choices() -> Iterator[Option]:
+    """Options of jobs/train.py whose values are files of configs/, and what these are."""
     for group in _CHOSEN:
         default = next(
             line.split(":")[1].strip()
             for line in (ROOT / "configs" / "train.yaml").read_text().splitlines()
             if line.strip().startswith(f"- {group}:")
         )
-        files = sorted((ROOT / "configs" / group).glob("*.yaml"))
-        meanings = [f"{file.stem}: {about}" if (about := _comment(file)) else file.stem for file in files]
+        meanings = [f"{name}: {about}" if about else name for name, about in files(group).items()]
         yield Option(group, default, "\n".join(meanings))
 
 
-def _comment(file: Path) -> str:
-    lines = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
-    return lines[0].removeprefix("# ") if lines and lines[0].startswith("# ") else ""
+def files(group: str) -> dict[str, str]:
+    """The files of configs/GROUP, with the comment that each begins with."""
+    found = {}
+    for file in sorted((ROOT / "configs" / group).glob("*.yaml")):
+        lines = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
+        found[file.stem] = lines[0].removeprefix("# ") if lines and lines[0].startswith("# ") else ""
+    return found
 
 
-def _groups() -> Iterator[tuple[str, _Class]]:
-    """Nested options, by the annotation of TrainConfig's fields."""
+def groups() -> Iterator[tuple[str, str, list[Option]]]:
+    """(name, meaning, options) of nested options, by the annotation of TrainConfig's fields."""
     for name, annotation, _, _ in _fields("cdr_dist.configuration", "TrainConfig"):
         found = _find("cdr_dist.configuration", annotation)
         if found is not None and name not in _CHOSEN:
-            yield name, _Class(f"{name}.", *found)
+            cls = _Class(f"{name}.", *found)
+            yield name, cls.meaning, list(_options(cls))
 
 
 def _options(cls: _Class) -> Iterator[Option]:

@@ -15,6 +15,7 @@ class PerceptronOptions:
     """Shape of the perceptron; the released code's is preset=as_released."""
 
     heads: int = 4
+    """Attention heads over each history (eq. 4-6)."""
     global_hidden: list[int] = field(default_factory=list)
     """Hidden layers of eq. 3; none: a single linear layer, as released."""
     local_hidden: list[int] = field(default_factory=lambda: [32, 16])

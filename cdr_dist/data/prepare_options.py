@@ -25,6 +25,12 @@ CHOICES = {
 REQUIRED = ("source", "target", "out")
 OWN = tuple(f"{role}_{group}." for role in ("source", "target") for group in ("columns", "item_columns"))
 """Options that hold for one domain's files only; empty: what columns.* and item_columns.* say."""
+STAND_FOR_MORE = {
+    "source_columns.*, target_columns.*": "as columns.*, for one domain's log only",
+    "source_item_columns.*, target_item_columns.*": "as item_columns.*, for one domain's item file only",
+    "scenario=, raw=": "options of configs/scenario/NAME.yaml, and the folder of its downloads",
+}
+"""Words beside those of the dataclass's fields, which OWN leaves out of --help."""
 DATE = "{date}"
 """In the names of logs by day."""
 NOT_CONTENT = ("out", "workers", "partitions", "storage.deadline_s", "storage.tries", "storage.backoff_s")
@@ -253,8 +259,5 @@ def _build(given: dict[str, Any]) -> PrepareOptions:
 def describe_options() -> str:
     """One line for each option: name, default, meaning."""
     shown = {name: of for name, of in fields_of(PrepareOptions).items() if not name.startswith(OWN)}
-    lines = described(shown, REQUIRED)
-    lines.append(f"  {'source_columns.*, target_columns.*':34} as columns.*, for one domain's log only")
-    lines.append(f"  {'source_item_columns.*, target_…':34} as item_columns.*, for one domain's item file only")
-    lines.append(f"  {'scenario=, raw=':34} options of configs/scenario/NAME.yaml, and the folder of its downloads")
+    lines = described(shown, REQUIRED) + [f"  {name:34} {doc}" for name, doc in STAND_FOR_MORE.items()]
     return "\n".join(lines)

@@ -19,9 +19,11 @@ class TableOptions:
     width: int = 12
     """Values per row; FBGEMM needs a multiple of 4."""
     lr: float = 0.1
+    """Rate of the rows; dense parameters have their own, dense.lr."""
     optimiser: str = "rowwise_adagrad"
     """rowwise_adagrad (one statistic a row), adagrad, sgd; adam on CUDA only."""
     init_std: float = 0.1
+    """Standard deviation of a row's first values."""
     weight_decay: float = 0.0
     """Rowwise_adagrad only: a row loses lr x weight_decay of itself whenever it is trained (decoupled)."""
     start: dict[str, str] = field(default_factory=dict)

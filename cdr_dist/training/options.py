@@ -76,7 +76,9 @@ class DenseOptions:
     """Adam on the dense parameters."""
 
     lr: float = 3e-3
+    """Rate of the backbone's dense parameters; the tables have their own, tables.lr."""
     weight_decay: float = 0.0
+    """Added to the gradient as so many times the parameter, as Adam does it (not decoupled)."""
 
     def __post_init__(self) -> None:
         above_zero("dense", self, "lr")
@@ -114,14 +116,17 @@ class UpperOptions:
     """lower: the extra head learns at every lower update on the batch's features, for free; dev:N: on the first N
     batches of the dev stream before every upper update, as released (N = 100)."""
     head_lr: float = 1e-2
+    """Rate of the extra head (dev_head=extra)."""
     gamma0: float = 1.0
     """Coefficient of the source loss in `joint`; a batch's weights sum to it, in `biao` at the start."""
     optimiser: str = "adagrad_norm"
     """adagrad_norm (one step size for the whole perceptron, falling), adam or sgd."""
     lr: float = 0.1
+    """Rate of the perceptron."""
     gamma_lr: float | None = 0.0
     """Rate of gamma, the sum of a batch's weights; 0 keeps that of joint training, null means lr."""
     weight_decay: float = 0.0
+    """Of the perceptron; gamma has it with decay_gamma alone."""
     decay_gamma: bool = False
     """Whether weight decay touches gamma (as released, where relu(gamma) then shrinks to 0 and stays)."""
     clip: float = 10.0
@@ -194,6 +199,7 @@ class TrainerOptions:
     workers: int = 2
     """Ray Train workers; 0: in this process."""
     epochs: int = 15
+    """Of the lower stream, at most, for a phase that names no number of its own."""
     max_steps: int = 0
     """Lower updates of the whole run; 0: as many as the epochs hold."""
     threads: int = 1
@@ -208,6 +214,7 @@ class TrainerOptions:
     keep: int = 2
     """Newest checkpoints that stay, besides the best."""
     log_every: int = 100
+    """Lower steps between two lines of training losses."""
     max_failures: int = 2
     """Lost workers that a run survives by starting again from its newest complete checkpoint."""
     hang_s: int = 600
