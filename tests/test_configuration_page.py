@@ -26,6 +26,14 @@ SAID = {
 NIGHTLY = configuration.NightlyOptions
 
 
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """The page as the code is now, whatever is committed."""
+    monkeypatch.setattr(configuration, "PAGE", tmp_path / "configuration.md")
+    assert configuration.main([]) == 0
+    assert configuration.main(["--check"]) == 0
+
+
 def test_the_committed_page_is_current(capsys):
     assert configuration.main(["--check"]) == 0, capsys.readouterr().err
 
@@ -63,7 +71,7 @@ def test_every_file_that_can_be_chosen_says_what_it_is():
 
 
 @pytest.mark.parametrize("name", ["gate.drop", "window"])
-def test_another_meaning_of_a_words_option_is_noticed(name, monkeypatch, capsys):
+def test_another_meaning_of_a_words_option_is_noticed(name, monkeypatch, capsys, written):
     of = fields_of(NIGHTLY)
     changed = dataclasses.field(default=of[name][1].default, metadata={"doc": "something else"})
     monkeypatch.setattr(
@@ -76,7 +84,7 @@ def test_another_meaning_of_a_words_option_is_noticed(name, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("change", [{"meaning": "another"}, {"default": "another"}, {"name": "another"}])
-def test_another_option_of_training_is_noticed(change, monkeypatch, capsys):
+def test_another_option_of_training_is_noticed(change, monkeypatch, capsys, written):
     first, *others = train.groups()
     options = [dataclasses.replace(first[2][0], **change), *first[2][1:]]
     monkeypatch.setattr(train, "groups", lambda: [(first[0], first[1], options), *others])
@@ -84,7 +92,7 @@ def test_another_option_of_training_is_noticed(change, monkeypatch, capsys):
     assert "another" in capsys.readouterr().err
 
 
-def test_another_docstring_is_noticed(monkeypatch, capsys):
+def test_another_docstring_is_noticed(monkeypatch, capsys, written):
     own = configuration._docstring
     monkeypatch.setattr(configuration, "_docstring", lambda path: own(path).replace("full_ks", "at_ks"))
     assert configuration.main(["--check"]) == 1
