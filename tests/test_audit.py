@@ -197,3 +197,20 @@ def test_a_mistake_is_one_line(words, expected):
     with pytest.raises(UserError) as error:
         module.request_of(words)
     assert expected in str(error.value)
+
+
+def test_a_category_is_one_row_over_seeds_that_drew_it_unequally_often(tmp_path):
+    folder = str(rated())
+    outcomes = []
+    for seed, (behaviours, weight) in enumerate([(10, 1.0), (14, 3.0), (12, 2.0)]):
+        (tmp_path / str(seed)).mkdir()
+        frame = pl.DataFrame({"category": [2, 3], "behaviours": [behaviours, 10], "weight": [weight, 1.0]})
+        frame.write_parquet(tmp_path / str(seed) / "weights.parquet")
+        plan = type("Plan", (), {"run": str(tmp_path / str(seed))})()
+        outcomes.append(type("Outcome", (), {"summary": {}, "plan": plan})())
+    found = module._categories(folder, read_manifest(folder), outcomes)
+    assert len(found) == len({category.name for category in found}) == 2
+    first = next(category for category in found if category.behaviours == 12)
+    means = [w / ((n * w + 10) / (n + 10)) for n, w in [(10, 1.0), (14, 3.0), (12, 2.0)]]
+    assert first.weight == pytest.approx(np.mean(means))
+    assert 0 < first.high - first.low < 5

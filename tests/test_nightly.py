@@ -325,6 +325,19 @@ def scores(signal, shift=0.0, rows=400):
     return Scores(np.arange(rows) // 2, label, signal * (2 * label - 1) + shift + random.normal(size=rows))
 
 
+def test_log_loss_is_shown_and_asked_for_only_where_a_threshold_is_set():
+    import numpy as np
+
+    old = scores(0.5)
+    new = Scores(old.user, old.label, 4 * old.score)  # as good a ranking, far too sure
+    p = 1 / (1 + np.exp(-new.score))
+    expected = float(-np.mean(np.where(new.label > 0, np.log(p), np.log1p(-p))))
+    assert new.logloss == pytest.approx(expected)
+    assert decide(GateOptions(calibration=9), new, old, 0.9).passes
+    verdict = decide(GateOptions(calibration=9, logloss=0.1), new, old, 0.9)
+    assert [check.name for check in verdict.checks if not check.holds] == ["log loss - published"]
+
+
 @pytest.mark.parametrize(
     ("new", "old", "known_share", "fails"),
     [

@@ -19,6 +19,7 @@ class GateOptions:
 
     auc: float = option(0.5, "gate: least test AUC of the new model")
     drop: float = option(0.005, "gate: most that its test AUC may be below the published model's, on the same rows")
+    logloss: float = option(math.inf, "gate: most that its log loss may be above the published model's; inf: any")
     calibration: float = option(0.2, "gate: most that mean prediction / share of likes may differ from 1")
     known: float = option(
         0.2, "gate: least share of test rows whose user training has seen, and of those whose item it has"
@@ -28,7 +29,7 @@ class GateOptions:
     def __post_init__(self) -> None:
         for name in ("auc", "known"):
             check(0 <= getattr(self, name) <= 1, f"gate.{name}={getattr(self, name)}: must be between 0 and 1")
-        for name in ("drop", "calibration", "rows"):
+        for name in ("drop", "logloss", "calibration", "rows"):
             check(getattr(self, name) >= 0, f"gate.{name}={getattr(self, name)}: must not be negative")
 
 
@@ -43,6 +44,11 @@ class Scores:
     @property
     def auc(self) -> float:
         return auc(self.label, self.score)
+
+    @property
+    def logloss(self) -> float:
+        """Mean of log(1 + e^-x) of the logits of likes, and of their negatives' e^x."""
+        return float(np.logaddexp(0.0, np.where(self.label > 0, -self.score, self.score)).mean())
 
     @property
     def calibration(self) -> float:
@@ -73,8 +79,15 @@ class Verdict:
 
     def __str__(self) -> str:
         """What fails, or that nothing does."""
-        failed = [f"{c.name} {c.measured:.4f}, {c.threshold} wanted" for c in self.checks if not c.holds]
+        failed = [f"{c.name} {number(c.measured)}, {c.threshold} wanted" for c in self.checks if not c.holds]
         return "; ".join(failed) or "every threshold is met"
+
+
+def number(value: float | None) -> str:
+    """For people."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:,.0f}" if value == int(value) and abs(value) >= 10 else f"{value:.4f}"
 
 
 def decide(options: GateOptions, new: Scores, old: Scores | None, known: float) -> Verdict:
@@ -97,4 +110,7 @@ def decide(options: GateOptions, new: Scores, old: Scores | None, known: float) 
         against = paired_bootstrap(new.user, new.label, new.score[None], old.score[None])
         change = new.auc - old.auc
         checks.append(Check("AUC - published", change, f"at least {-options.drop:g}", change >= -options.drop))
+        worse, most = new.logloss - old.logloss, options.logloss
+        wanted = f"at most {most:g}" if math.isfinite(most) else "any"
+        checks.append(Check("log loss - published", worse, wanted, worse <= most))
     return Verdict(checks, against)

@@ -8,6 +8,7 @@ from typing import Any
 from cdr_dist import logs
 from cdr_dist.data.prepare import check
 from cdr_dist.evaluation.table import markdown
+from cdr_dist.production.gate import number
 from cdr_dist.production.nightly import nightly
 from cdr_dist.production.options import read_words
 from cdr_dist.production.publishing import Publisher
@@ -35,7 +36,7 @@ def _checked(request: Any) -> str:
 
 def told(night: dict[str, Any]) -> str:
     """The outcome and the gate, for a log."""
-    rows = [[c["name"], f"{c['measured']:.4f}", c["threshold"], "yes" if c["holds"] else "NO"] for c in night["gate"]]
+    rows = [[c["name"], number(c["measured"]), c["threshold"], "yes" if c["holds"] else "NO"] for c in night["gate"]]
     head = f"{night['date']}: {'done already, ' if night.get('again') else ''}{night['outcome']}"
     difference = night.get("difference")
     tail = ""

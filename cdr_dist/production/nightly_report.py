@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cdr_dist.evaluation.charts import BLUE, ORANGE, Curve, curves
 from cdr_dist.evaluation.report import Chart, Report, Section, Table
+from cdr_dist.production.gate import number
 
 SHOWN = 30
 """Nights before this one in the curves."""
@@ -23,7 +23,7 @@ def report_of_night(night: Mapping[str, Any], before: Sequence[Mapping[str, Any]
     new, old = night["metrics"]["test"], night.get("metrics_published") or {}
     difference = night.get("difference")
     headline = [("Outcome", "published" if night["published"] else "kept", _why(night))]
-    headline.append(("AUC on the day", _number(new.get("auc")), f"published model {_number(old.get('auc'))}"))
+    headline.append(("AUC on the day", number(new.get("auc")), f"published model {number(old.get('auc'))}"))
     if difference:
         note = f"{difference['low']:+.4f} to {difference['high']:+.4f}, 95% over users"
         headline.append(("Difference", f"{difference['difference']:+.4f}", note))
@@ -48,13 +48,13 @@ def _why(night: Mapping[str, Any]) -> str:
 
 
 def _gate(night: Mapping[str, Any]) -> Section:
-    rows = [[c["name"], _number(c["measured"]), c["threshold"], "yes" if c["holds"] else "NO"] for c in night["gate"]]
+    rows = [[c["name"], number(c["measured"]), c["threshold"], "yes" if c["holds"] else "NO"] for c in night["gate"]]
     table = Table("What the new model is measured against", ["threshold", "measured", "wanted", "holds"], rows)
     return Section("The gate", tables=[table])
 
 
 def _models(new: Mapping[str, Any], old: Mapping[str, Any]) -> Section:
-    rows = [[text, _number(new.get(name)), _number(old.get(name))] for name, text in METRICS]
+    rows = [[text, number(new.get(name)), number(old.get(name))] for name, text in METRICS]
     return Section("Both models on the day's rows", tables=[Table("", ["metric", "new", "published"], rows)])
 
 
@@ -70,7 +70,7 @@ def _drift(night: Mapping[str, Any]) -> Section | None:
             f"large changes of {', '.join(large)}." if large else "no large change."
         )
         rows = [
-            [c["of"], *_values(c), _number(c["change"]), f"{c['limit']:g}", "LARGE" if c["large"] else ""]
+            [c["of"], *_values(c), number(c["change"]), f"{c['limit']:g}", "LARGE" if c["large"] else ""]
             for c in drift["changes"]
         ]
         header = ["measure", drift["against"], night["date"], "change", "large from", ""]
@@ -84,7 +84,7 @@ def _drift(night: Mapping[str, Any]) -> Section | None:
 def _values(change: Mapping[str, Any]) -> list[str]:
     if change["of"].startswith("categories"):
         return ["", ""]
-    return [_number(change["before"]), _number(change["now"])]
+    return [number(change["before"]), number(change["now"])]
 
 
 def _weeks(nights: Sequence[Mapping[str, Any]]) -> Section | None:
@@ -106,7 +106,7 @@ def _weeks(nights: Sequence[Mapping[str, Any]]) -> Section | None:
             drawn.append(Curve(text, [float(x) for x, _ in points], [y for _, y in points], colour))
     says = f"Test AUC of each night on its own day, days since {first}."
     svg = curves("auc-by-night", drawn, "test AUC", x="days")
-    rows = [[n["date"], _number(n["metrics"]["test"]["auc"]), str(n.get("outcome", ""))] for n in reversed(measured)]
+    rows = [[n["date"], number(n["metrics"]["test"]["auc"]), str(n.get("outcome", ""))] for n in reversed(measured)]
     table = Table("The nights", ["date", "AUC", "outcome"], rows, folded=True)
     return Section("The last weeks", charts=[Chart("AUC by night", svg, says)], tables=[table])
 
@@ -119,9 +119,3 @@ def _data(night: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> Sect
 
 def _count(value: Any) -> str:
     return "" if value is None else f"{value:,}"
-
-
-def _number(value: Any) -> str:
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{value:,.0f}" if value == int(value) and abs(value) >= 10 else f"{value:.4f}"

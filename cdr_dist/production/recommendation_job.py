@@ -89,7 +89,7 @@ def told(found: dict[str, Any], out: str) -> str:
     lines = [
         f"{out}: up to {found['asked']['top']} items for {found['users']:,} users "
         f"({by['model']:,} by the model, {by['popularity']:,} by popularity)",
-        f"of {found['items']:,} items that may be recommended, {found['coverage']:.1%} are",
+        f"{found['coverage']:.1%} of the {found['items']:,} items that may be recommended are in some list",
     ]
     if found["users_with_fewer"]:
         lines.append(f"{found['users_with_fewer']:,} users have fewer: their filters leave no more")

@@ -265,12 +265,13 @@ def _categories(folder: str, manifest: Manifest, outcomes: Sequence[Outcome]) ->
             frames.append(frame.select("category", "behaviours", pl.col("weight") / mean))
     named = names.with_columns(pl.col("category").cast(pl.Int64))
     found = []
-    for (key, behaviours), part in pl.concat(frames).join(named, on="category").group_by("key", "behaviours"):
+    for (key,), part in pl.concat(frames).join(named, on="category").group_by("key"):
         weights, n = part["weight"].to_numpy(), part.height
         mean, half = float(weights.mean()), math.inf
         if n > 1:
             half = float(t.ppf(0.975, n - 1) * weights.std(ddof=1) / math.sqrt(n))
-        found.append(Category(str(key), int(str(behaviours)), mean, mean - half, mean + half))
+        behaviours = round(float(part["behaviours"].to_numpy().mean()))  # drawn by each seed for itself
+        found.append(Category(str(key), behaviours, mean, mean - half, mean + half))
     return found
 
 
