@@ -21,6 +21,7 @@ from cdr_dist.production.recommendation_options import ListOptions
 
 SETTLED = {
     "extends": "yesterday's dataset",
+    "forgotten": "that of yesterday's dataset",
     "days": "window",
     "split": "time",
     "valid_from": "the day before",
