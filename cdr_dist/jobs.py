@@ -24,12 +24,15 @@ def run_job(
         if more_help:
             print("\n" + more_help())
         return DONE
+    from cdr_dist.data.retries import redacted, refuse_secrets
     from cdr_dist.errors import Stopped, UserError
 
     try:
+        for word in words:
+            refuse_secrets(word)
         return main(words) or DONE
     except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {redacted(str(error))}", file=sys.stderr)
         return USERS_MISTAKE
     except Stopped as error:
         print(f"{name}: {error}", file=sys.stderr)
@@ -38,5 +41,5 @@ def run_job(
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception:
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
         return FAILED
