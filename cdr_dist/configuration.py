@@ -68,6 +68,8 @@ class TrainConfig:
 
 
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+# A configuration that reads the environment, such as a stranger's config.yaml, would bring secrets into run folders.
+OmegaConf.clear_resolver("oc.env")
 
 
 def from_words(words: Sequence[str]) -> TrainConfig:

@@ -62,6 +62,16 @@ EFFECTS = (
     "recommend.begin",
     "recommend.part",
     "recommend.done",
+    "forget.left",
+    "forget.list",
+    "forget.rows",
+    "forget.counts",
+    "forget.page",
+    "forget.checkpoint",
+    "forget.complete",
+    "forget.shard",
+    "forget.manifest",
+    "forget.sweep",
 )
 """Every name that `durable` is called with; a test compares them with the source."""
 

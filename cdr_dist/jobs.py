@@ -26,14 +26,17 @@ def run_job(
             print("\n" + more_help())
         return DONE
     from cdr_dist import logs
+    from cdr_dist.data.retries import redacted, refuse_secrets
     from cdr_dist.errors import Stopped, UserError
 
     folder = next((word.partition("=")[2] for word in words if word.startswith(("run=", "out="))), "")
     logs.configure(name, folder, level=logging.WARNING)
     try:
+        for word in words:
+            refuse_secrets(word)
         return main(words) or DONE
     except UserError as error:
-        logs.error(name, str(error))
+        logs.error(name, redacted(str(error)))
         return USERS_MISTAKE
     except Stopped as error:
         logs.error(name, str(error))
@@ -42,5 +45,5 @@ def run_job(
         logs.error(name, "interrupted")
         return INTERRUPTED
     except Exception:
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
         return FAILED

@@ -4,6 +4,7 @@
     OUT/vocab/{user,source_item,target_item,source_category,target_category}.parquet, {source,target}_COLUMN.parquet
     OUT/{train,valid,test}/part-00000.parquet …
     OUT/users/part-00000.parquet …                  every user as of the end of the logs: whom to recommend to
+    OUT/forgotten.json                              whom jobs/forget.py has removed, if anybody
 
 Row ids are vocabulary ids: 0 is padding, 1 is unknown, real keys start at 2. `source` and `target` are roles, so
 a dataset of another pair of domains has the same columns; the domains' own names stand in the manifest. Several source
@@ -135,17 +136,27 @@ class Manifest:
     features: dict[str, list[str]] = field(default_factory=dict)  # source|target -> declared columns of its items
     options: dict[str, Any] = field(default_factory=dict)  # of prepare, as given
     schema: int = SCHEMA_VERSION
+    before: list[str] = field(default_factory=list)
+    """The checksums that it had before users were removed from it (jobs/forget.py), oldest first."""
 
     @property
     def checksum(self) -> str:
         """Identifies the dataset: a hash over all of the above, and so over the checksums of its files."""
-        return checksum_of(asdict(self))
+        return checksum_of(self._entries())
+
+    def is_or_was(self, checksum: str) -> bool:
+        """Whether what was made from a dataset of this checksum was made from this one, or from it with more users."""
+        return checksum in (self.checksum, *self.before)
 
     def examples(self, split: str) -> int:
         return sum(s.rows for s in self.shards[split])
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self) | {"checksum": self.checksum}, indent=1, sort_keys=True)
+        return json.dumps(self._entries() | {"checksum": self.checksum}, indent=1, sort_keys=True)
+
+    def _entries(self) -> dict[str, Any]:
+        """Without `before` where it is empty: as datasets were written that nobody was removed from."""
+        return {name: value for name, value in asdict(self).items() if name != "before" or value}
 
 
 def checksum_of(raw: Mapping[str, Any]) -> str:
@@ -191,6 +202,6 @@ def _check_numbers(manifest: Manifest) -> None:
     for value in numbers:
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{value!r} where a whole number belongs")
-    for text in [manifest.label, *(text for s in files for text in (s.path, s.sha256))]:
+    for text in [manifest.label, *manifest.before, *(text for s in files for text in (s.path, s.sha256))]:
         if not isinstance(text, str):
             raise TypeError(f"{text!r} where a text belongs")

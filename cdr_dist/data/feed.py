@@ -50,7 +50,8 @@ class Feed:
 
     def seek(self, place: Place) -> None:
         self.close()
-        self.place = place
+        # A dataset that users were removed from may have fewer steps than when the place was noted.
+        self.place = place if place.step < self.steps_per_epoch else Place(place.epoch + 1, 0)
 
     def peek(self) -> Fed:
         if not self._held:

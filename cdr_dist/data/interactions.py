@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from cdr_dist.data import forgotten
 from cdr_dist.data.prepare_options import Columns, PrepareOptions
 from cdr_dist.data.sources import formats
 from cdr_dist.data.sources.formats import Source
@@ -41,8 +42,10 @@ def read(uri: str, options: PrepareOptions, role: str, has_item_file: bool, pref
     source = formats.of(options.format)
     needed = needed_columns(options, role, source.column_names(uri), has_item_file)
     source.require_columns(uri, needed)
+    left_out = forgotten.of(options)
     for first, batch in source.first_rows(source.batches(uri, sorted(set(needed.values()))), uri):
         rows = _within(_typed(batch, needed, options, _Place(source, uri, first)), options)
+        rows = left_out.left_out_of(rows, "user_id")
         yield rows.with_columns(_prefixed(prefix, rows[name]) for name in ("item_id", "category")) if prefix else rows
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -9,10 +12,22 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cdr_dist.data import storage
-from cdr_dist.data.dataset import FIRST_ID, Manifest
+from cdr_dist.data.dataset import FIRST_ID, USERS, Manifest
 
 PADDING_KEY, UNKNOWN_KEY = "", "(unknown)"
 """What ids 0 and 1 are shown as."""
+
+
+def keys_of_users(folder: str, manifest: Manifest) -> Iterator[pa.Array]:
+    """All keys of users that a dataset holds, a row group at a time: those with an id, then those with a row."""
+    files = itertools.chain(
+        [(manifest.vocab["user"].path, "key")], ((s.path, "user_id") for s in manifest.shards[USERS])
+    )
+    for path, column in files:
+        uri = storage.join(folder, path)
+        with storage.naming(uri), storage.open_input(uri) as file:
+            for group in pq.ParquetFile(file).iter_batches(1 << 18, columns=[column]):
+                yield group.column(0)
 
 
 class Keys:

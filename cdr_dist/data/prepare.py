@@ -24,9 +24,10 @@ from typing import Any
 import polars as pl
 
 from cdr_dist.crash_points import durable
-from cdr_dist.data import examples, holder, interactions, partitions, shuffle, spill, storage, vocabularies
+from cdr_dist.data import examples, forgotten, holder, interactions, partitions, shuffle, spill, storage, vocabularies
 from cdr_dist.data.dataset import FIRST_ID, FOLDERS, POSITIVES, SPLITS, USERS, Manifest, Shard, read_manifest
 from cdr_dist.data.earlier import Numbered
+from cdr_dist.data.keys import keys_of_users
 from cdr_dist.data.partitions import Partition, PartitionCounts
 from cdr_dist.data.prepare_inputs import Inputs, inputs_of
 from cdr_dist.data.prepare_options import PrepareOptions, options_from_words
@@ -91,9 +92,16 @@ def _existing(options: PrepareOptions, inputs: Inputs) -> Manifest | None:
     manifest = read_manifest(options.out)
     wanted = _recorded(options, inputs)
     differ = [name for name in wanted if manifest.options.get(name) != wanted[name]]
+    if inputs.earlier and inputs.earlier.manifest.is_or_was(manifest.options.get("extends_checksum", "")):
+        differ = [name for name in differ if name != "extends_checksum"]
     if differ:
         what = "; ".join(f"{name} {manifest.options.get(name)}, now {wanted[name]}" for name in differ)
         raise UserError(f"{options.out}: holds a dataset of other options ({what}); choose another out=")
+    left_out = forgotten.of(options)
+    if left_out.users and any(left_out.among(keys.to_pylist()) for keys in keys_of_users(options.out, manifest)):
+        raise UserError(
+            f"{options.out}: holds users that are to be forgotten; python jobs/forget.py data={options.out}"
+        )
     return manifest
 
 
@@ -108,13 +116,7 @@ def _clear_left(out: str, keep: str) -> None:
 
     One of a job on another host may still be in use, and stays. UserError: another job works in `keep`.
     """
-    above, _, name = out.rstrip("/").rpartition("/")
-    above = above or ("/" if out.startswith("/") else ".")
-    try:
-        found = [storage.join(above, left) for left in storage.names(above) if left.startswith(f"{name}.unfinished-")]
-    except storage.StorageError:
-        return  # what stands beside `out` may be nobody's to see
-    for folder in found:
+    for folder in _beside(out):
         same = folder.removeprefix("./") == keep.removeprefix("./")
         held = _held(folder)
         if same and held == "here":
@@ -122,6 +124,25 @@ def _clear_left(out: str, keep: str) -> None:
         if not same and not held:
             with suppress(UserError), durable("prepare.sweep"):
                 storage.remove_folder(folder, tries=1)
+
+
+def _beside(out: str) -> list[str]:
+    """The work folders of an output folder."""
+    above, _, name = out.rstrip("/").rpartition("/")
+    above = above or ("/" if out.startswith("/") else ".")
+    try:
+        return [storage.join(above, left) for left in storage.names(above) if left.startswith(f"{name}.unfinished-")]
+    except storage.StorageError:
+        return []  # what stands beside `out` may be nobody's to see
+
+
+def left_beside(out: str) -> list[str]:
+    """The work folders of jobs that are gone. UserError: one of a job that may still run."""
+    found = _beside(out)
+    for folder in found:
+        if where := _held(folder):
+            raise UserError(f"{folder}: a job may still prepare this dataset ({where}); end it, or remove the folder")
+    return found
 
 
 def _held(work: str) -> str:
@@ -155,6 +176,8 @@ def _prepare(options: PrepareOptions, inputs: Inputs, work: str) -> Manifest:
         vocab, rows = _write_vocabularies(folder, users, users_before, items)
         manifest = _manifest(options, inputs, counted, built, written, vocab, rows)
         with durable("prepare.manifest"):
+            if (left_out := forgotten.of(options)).users:
+                forgotten.write(folder, left_out)
             storage.write_bytes(storage.join(folder, "manifest.json"), manifest.to_json().encode())
     return manifest
 
@@ -220,6 +243,7 @@ def _number(
         described = pl.concat(files) if files else None
         items[role] = vocabularies.merge_items(parts, role, described, earlier)
     before = earlier.numbered("user") if earlier else Numbered.nothing()
+    before = Numbered(forgotten.of(options).left_out_of(before.keys, "key"), before.rows)
     return vocabularies.merge_users(parts, before), items, before
 
 

@@ -106,6 +106,9 @@ class PrepareOptions:
     extends: str = option(
         "", "an earlier dataset: its users, items and categories keep their ids, new ones come behind"
     )
+    forgotten: str = option(
+        "", "a dataset's forgotten.json (jobs/forget.py): whose behaviours are left out; with extends= its own counts"
+    )
     users: str = option("both", "both: users of both domains; target: all of the target domain's")
     cold_users: bool = option(True, "rows in users/ also for users without examples: of one domain's log alone")
     vocab: str = option("all", "all: ids for all that occurs; train: only for what training may see")
@@ -139,6 +142,7 @@ class PrepareOptions:
             value = getattr(self, name)
             check(value >= least, f"{name}={value}: must be {least} or more")
         check(math.isfinite(self.threshold), f"threshold={self.threshold}: must be a finite number")
+        check(not (self.forgotten and self.extends), "forgotten= goes without extends=, whose dataset has its own")
         self._check_times()
         named = [name for name in ("source", "target") if DATE in getattr(self, name)]
         check(bool(named) == bool(self.days), "days= and {date} in source= or target= belong together")
@@ -202,7 +206,11 @@ class PrepareOptions:
     def content(self) -> dict[str, Any]:
         """Flat `name -> value` of the options that decide the dataset's content."""
         flat = {name: _get(self, name) for name in option_names()}
-        return {n: value for n, value in flat.items() if n not in NOT_CONTENT and (value or not n.startswith(OWN))}
+        return {
+            n: value
+            for n, value in flat.items()
+            if n not in NOT_CONTENT and (value or not n.startswith((*OWN, "forgotten")))
+        }
 
 
 def _day(text: str, of: str) -> datetime.date:

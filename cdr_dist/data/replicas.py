@@ -31,7 +31,7 @@ class Replicas:
 
     def __init__(self, folder: str, manifest: Manifest) -> None:
         self._folder, self._manifest = folder, manifest
-        self._places = _places(folder)
+        self._places = places_of(folder)
         self._usual = {folder}  # those known to hold the dataset of the manifest
         self._failed: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -91,7 +91,8 @@ def region() -> str:
     return storage.options().region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
 
 
-def _places(folder: str) -> list[str]:
+def places_of(folder: str) -> list[str]:
+    """Where a dataset is, in the order in which this process asks: its folder and the copies. UserError: damaged."""
     uri = storage.join(folder, FILE)
     if not storage.exists(uri):
         return [folder]

@@ -21,7 +21,16 @@ LONGEST_WAIT_S = 30.0
 """Between two tries."""
 SHORTEST_SECRET = 8
 """Characters: a shorter value, such as a test server's, may be part of any word."""
-_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
+_SECRETS = (
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_ACCESS_KEY_ID",
+    "RAY_AUTH_TOKEN",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+)
+_IN_A_URI = re.compile(r"(?i)\bs3a?://[^/\s]*[:@]|\w://[^/\s]*@")
+"""A secret may hold a slash, so that what is before it looks like a bucket; no bucket has a colon in its name."""
 _found: set[str] = set()
 """Credentials that clients found elsewhere: in files, at a service."""
 _MISSING = (FileNotFoundError, NotADirectoryError)
@@ -146,6 +155,12 @@ def late(seconds: float) -> TimeoutError:
 def keep_secret(*values: str | None) -> None:
     """Credentials that no message may show."""
     _found.update(value for value in values if value)
+
+
+def refuse_secrets(text: str) -> None:
+    """UserError where a URI in it may carry credentials; the message does not repeat them."""
+    if _IN_A_URI.search(text):
+        raise UserError("a URI with ':' or '@' in its bucket: credentials come from the environment, not from a URI")
 
 
 def redacted(text: str) -> str:

@@ -73,7 +73,7 @@ class ShardTask:
 def write_shard(task: ShardTask) -> Shard:
     """Writes one shard, in the order of the shuffle's keys, ROW_GROUP_ROWS rows a group."""
     schema = SCHEMAS[FOLDERS[task.split]]
-    groups = _row_groups(_sorted_buckets(task), schema)
+    groups = row_groups(_sorted_buckets(task), schema)
     return write_groups(task.folder, shard_path(task.split, task.number), groups, schema)
 
 
@@ -100,7 +100,8 @@ def _sorted_buckets(task: ShardTask) -> Iterator[pa.Table]:
         yield rows.take(pa.array(np.argsort(keys)))
 
 
-def _row_groups(tables: Iterator[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
+def row_groups(tables: Iterable[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
+    """The same rows, ROW_GROUP_ROWS a table."""
     pending = schema.empty_table()
     for table in tables:
         pending = pa.concat_tables([pending, table])

@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cdr_dist.crash_points import durable
 from cdr_dist.data.local_files import LocalFiles
-from cdr_dist.data.retries import NotFoundError, StorageError, naming, options, retried, use
+from cdr_dist.data.retries import NotFoundError, StorageError, naming, options, refuse_secrets, retried, use
 from cdr_dist.errors import UserError
 
 __all__ = ["NotFoundError", "StorageError", "naming", "options", "use"]
@@ -40,8 +40,7 @@ def locate(uri: str) -> tuple[Any, str]:
     if protocol not in ("s3", "s3a"):
         raise UserError(f"{protocol}://…: unknown kind of storage; known: local paths and s3://bucket/folder")
     bucket = path.partition("/")[0]
-    if "@" in bucket:
-        raise UserError("an s3:// URI with an '@' in its bucket: credentials come from the environment, not from a URI")
+    refuse_secrets(uri)
     if not bucket:
         raise UserError(f"{uri}: names no bucket; write s3://bucket/folder")
     return _store(os.getpid(), options().deadline_s, _surroundings()), path.rstrip("/")

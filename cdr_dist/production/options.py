@@ -14,6 +14,7 @@ import yaml
 from cdr_dist.configuration import TrainConfig, from_words
 from cdr_dist.data import storage
 from cdr_dist.data.prepare_options import DATE, PrepareOptions, option_names, options_from_words
+from cdr_dist.data.retries import refuse_secrets
 from cdr_dist.data.words import check, fields_of, option, values_of
 from cdr_dist.errors import UserError
 from cdr_dist.production.drift import DriftOptions
@@ -22,6 +23,7 @@ from cdr_dist.production.recommendation_options import ListOptions
 
 SETTLED = {
     "extends": "yesterday's dataset",
+    "forgotten": "that of yesterday's dataset",
     "days": "window",
     "split": "time",
     "valid_from": "the day before",
@@ -109,6 +111,8 @@ def read_words(words: Sequence[str]) -> Request:
     given = _pairs(words)
     from_file = _from_file(given["config"]) if given.get("config") else {}
     merged = from_file | given
+    for value in merged.values():
+        refuse_secrets(value)
     own_fields = fields_of(NightlyOptions)
     own = values_of([f"{n}={v}" for n, v in merged.items() if n in own_fields], own_fields)
     groups: dict[str, Any] = {

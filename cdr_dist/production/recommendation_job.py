@@ -52,10 +52,10 @@ def recommend(options: RecommendOptions) -> dict[str, Any]:
     """
     config, place, folder, manifest = _of_run(options)
     asked = _asked(options, place, manifest)
-    done = _there(options.out, asked)
+    done = _there(options.out, asked, manifest)
     if done is not None:
         return done
-    users, items = (_keys_in(getattr(options, name), name) for name in ("users", "items"))
+    users, items = (keys_in(getattr(options, name), name) for name in ("users", "items"))
     if items is not None:
         _check_items(items, options.items, folder, manifest)
     with lease.Lease(options.out) as held:
@@ -107,9 +107,9 @@ def told(found: dict[str, Any], out: str) -> str:
 
 def _checked(options: RecommendOptions) -> str:
     config, place, folder, manifest = _of_run(options)
-    if _there(options.out, _asked(options, place, manifest)) is not None:
+    if _there(options.out, _asked(options, place, manifest), manifest) is not None:
         return f"{options.out}: done already"
-    users, items = (_keys_in(getattr(options, name), name) for name in ("users", "items"))
+    users, items = (keys_in(getattr(options, name), name) for name in ("users", "items"))
     if items is not None:
         _check_items(items, options.items, folder, manifest)
     whom = manifest.examples(USERS) if users is None else len(users)
@@ -141,7 +141,7 @@ def _asked(options: RecommendOptions, place: RunFolder, manifest: Manifest) -> d
     return options.content() | {"run": run, "step": best_step(place), "dataset": manifest.checksum} | files
 
 
-def _there(out: str, asked: dict[str, Any]) -> dict[str, Any] | None:
+def _there(out: str, asked: dict[str, Any], manifest: Manifest) -> dict[str, Any] | None:
     """What is there already; UserError: something else is."""
     ours = {DONE, STARTED, lease.FILE}
     names = storage.names(out) if storage.is_folder(out) or not storage.exists(out) else None
@@ -156,6 +156,8 @@ def _there(out: str, asked: dict[str, Any]) -> dict[str, Any] | None:
         done: dict[str, Any] = json.loads(storage.read_bytes(uri))
         before = done["asked"]
         differ = [n for n in {**before, **asked} if before.get(n) != asked.get(n)]
+        if manifest.is_or_was(before.get("dataset", "")):
+            differ = [n for n in differ if n != "dataset"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{uri}: damaged; choose another out=") from error
     if differ:
@@ -164,7 +166,7 @@ def _there(out: str, asked: dict[str, Any]) -> dict[str, Any] | None:
     return done
 
 
-def _keys_in(uri: str, of: str) -> pa.Array | None:
+def keys_in(uri: str, of: str) -> pa.Array | None:
     """The keys in a file: one a line, or a Parquet file's column user_id or item_id. None where no file is named."""
     if not uri:
         return None

@@ -106,13 +106,13 @@ class Saved:
 
 def complete(folder: str) -> list[Saved]:
     """The checkpoints in a run's `checkpoints` that were written to their end, oldest first."""
-    found = [saved for saved in _all(folder) if storage.exists(storage.join(saved.uri, COMPLETE))]
+    found = [saved for saved in all_of(folder) if storage.exists(storage.join(saved.uri, COMPLETE))]
     return sorted(found)
 
 
 def newest(folder: str) -> Saved | None:
     """As the last of `complete`, without looking at the earlier ones."""
-    return next((s for s in reversed(_all(folder)) if storage.exists(storage.join(s.uri, COMPLETE))), None)
+    return next((s for s in reversed(all_of(folder)) if storage.exists(storage.join(s.uri, COMPLETE))), None)
 
 
 def best_step(place: RunFolder) -> int:
@@ -126,7 +126,8 @@ def best_step(place: RunFolder) -> int:
     return step
 
 
-def _all(folder: str) -> list[Saved]:
+def all_of(folder: str) -> list[Saved]:
+    """The incomplete ones, too."""
     named = [(name, _NAME.fullmatch(name)) for name in storage.names(folder)]
     return sorted(Saved(int(m[1]), int(m[2] or 0), storage.join(folder, name)) for name, m in named if m)
 
@@ -206,12 +207,13 @@ class Checkpoints:
         for name, optimiser in s.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
         s.passes = dict(progress.passes)
+        progress.data_checksum = s.manifest.checksum
         return progress
 
     def check_dataset(self, saved: Saved) -> Progress:
-        """The progress of a checkpoint of this very dataset."""
+        """The progress of a checkpoint of this very dataset, or of it before users were removed from it."""
         progress = saved.progress()
-        if progress.data_checksum != self._session.manifest.checksum:
+        if not self._session.manifest.is_or_was(progress.data_checksum):
             raise UserError(
                 f"{saved.uri}: belongs to another dataset than {self._session.folder} (their checksums differ)"
             )
@@ -243,7 +245,7 @@ class Checkpoints:
     def _read(self, saved: Saved, parts: Parts, grown: bool) -> dict[str, Any]:
         s = self._session
         try:
-            listed = [n for n in json.loads(storage.read_bytes(storage.join(saved.uri, COMPLETE))) if _is_index(n)]
+            listed = [n for n in json.loads(storage.read_bytes(storage.join(saved.uri, COMPLETE))) if is_index(n)]
             files = [RowsFile.from_json(saved.read(name)) for name in listed]
             read_rows(saved.uri, files, parts, grown)
             s.tables.updates = max(file.updates for file in files)
@@ -297,7 +299,7 @@ class Checkpoints:
             error = _reason(failure)
         try:
             if error:
-                _drop(uri)
+                drop(uri)
             else:
                 self._drop_old(best_step)
         except Exception as failure:  # the next save tries again
@@ -322,16 +324,16 @@ class Checkpoints:
         """All but this one, the best, and the newest of the rest; incomplete ones go, too."""
         latest = list({s.step: s for s in complete(self._folder)}.values())  # of a step, the last attempt
         kept = {s.uri for i, s in enumerate(latest) if i >= len(latest) - self._keep or s.step == best_step}
-        for saved in _all(self._folder):
+        for saved in all_of(self._folder):
             if saved.uri not in kept:
-                _drop(saved.uri)
+                drop(saved.uri)
 
     # ---- all workers --------------------------------------------------------------------------------------------
 
     def _begin(self, step: int) -> str:
         """The folder of a checkpoint to be."""
         self._still_ours()
-        attempts = [saved.attempt for saved in _all(self._folder) if saved.step == step]
+        attempts = [saved.attempt for saved in all_of(self._folder) if saved.step == step]
         again = f"-{max(attempts) + 1}" if attempts else ""
         return storage.join(self._folder, f"step-{step:08d}{again}")
 
@@ -358,12 +360,13 @@ def dense_state(session: Session) -> dict[str, Any]:
     }
 
 
-def _is_index(name: str) -> bool:
+def is_index(name: str) -> bool:
+    """Whether a file of a checkpoint says what a worker's rows are."""
     return name.startswith("rows-") and name.endswith(".json")
 
 
-def _drop(uri: str) -> None:
-    """The mark goes first: what is killed half-way leaves nothing that looks complete."""
+def drop(uri: str) -> None:
+    """Removes a checkpoint. The mark goes first: what is killed half-way leaves nothing that looks complete."""
     with durable("checkpoint.drop_mark"):
         storage.remove_file(storage.join(uri, COMPLETE))
     with durable("checkpoint.drop"):

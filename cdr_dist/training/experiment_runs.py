@@ -22,6 +22,7 @@ from cdr_dist.configuration import TrainConfig
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import Manifest, read_manifest
 from cdr_dist.data.demo import dataset_of
+from cdr_dist.data.retries import redacted
 from cdr_dist.errors import Stopped, UserError
 from cdr_dist.ray_cluster import connect
 from cdr_dist.training.experiment import Plan
@@ -128,8 +129,8 @@ def run_one(words: list[str]) -> Ended:
     except Stopped:
         return Ended(None, "stopped; the same command continues")
     except Exception as error:
-        traceback.print_exc()
-        return Ended(None, _line(f"{type(error).__name__}: {error}"))
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+        return Ended(None, _line(redacted(f"{type(error).__name__}: {error}")))
 
 
 def _line(text: str) -> str:
