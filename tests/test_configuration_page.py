@@ -21,6 +21,7 @@ SAID = {
     "audit": ("source", "target", *audit.OWN),
     "experiment": experiment_job.OPTIONS,
     "demo": ("out",),
+    "forget": ("user", "users", "out", "data", "run", "recommendations"),
 }
 """Jobs that describe their options in their docstrings -> the options that they take."""
 NIGHTLY = configuration.NightlyOptions

@@ -412,10 +412,11 @@ def test_counts_table_says_what_was_prepared(tmp_path: Path) -> None:
     target = [*log[:2], ("u", "c", 2, 1.0)]
     _, manifest = run(tmp_path, [*log, ("u", "d", 9, 1.0), ("v", "a", 9, 1.0)], target)
     lines = [line.split() for line in counts_table(manifest).splitlines()]
-    assert lines[:6] == [["s", "t"], ["role", "source", "target"], ["log", "users", "2", "1"], ["users", "1", "1"],
-                         ["items", "4", "3"], ["behaviours", "4", "3"]]  # fmt: skip
+    assert lines[:4] == [["s", "t"], ["role", "source", "target"], ["log", "users", "2", "1"], ["users", "1", "1"]]
+    assert lines[4][:3] == ["cold", "users", "1"]
+    assert lines[5:7] == [["items", "4", "3"], ["behaviours", "4", "3"]]
     positive = ["100.0%", "positive"]
-    assert lines[6:9] == [["train", "1", *positive], ["valid", "1", *positive], ["test", "1", "0.0%", "positive"]]
+    assert lines[7:10] == [["train", "1", *positive], ["valid", "1", *positive], ["test", "1", "0.0%", "positive"]]
 
 
 @pytest.mark.skipif(not AMAZON.is_dir(), reason=f"the real logs are not at {AMAZON} (CDR_SHARED)")
