@@ -21,7 +21,6 @@ SAID = {
     "audit": ("source", "target", *audit.OWN),
     "experiment": experiment_job.OPTIONS,
     "demo": ("out",),
-    "forget": ("user", "users", "out", "data", "run", "recommendations"),
 }
 """Jobs that describe their options in their docstrings -> the options that they take."""
 NIGHTLY = configuration.NightlyOptions
@@ -44,7 +43,7 @@ def test_every_option_has_a_default_or_none_and_a_meaning():
     assert len({address for address, *_ in rows}) == len(rows) > 150
     assert [address for address, _, _, meaning in rows if len(meaning) < 4] == []
     found = {address.partition(".")[0]: 0 for address, *_ in rows}
-    assert set(found) == {"prepare", "train", "recommend", "export", "nightly", "generate"}
+    assert set(found) == {"prepare", "train", "recommend", "export", "forget", "nightly", "generate"}
     required = [address for address, _, default, _ in rows if default == "(required)"]
     assert required == [
         *("prepare.source", "prepare.target", "prepare.out", "recommend.run", "recommend.out"),

@@ -28,6 +28,7 @@ from cdr_dist.data.words import fields_of
 from cdr_dist.errors import UserError
 from cdr_dist.help import ROOT, Option
 from cdr_dist.production.export_job import ExportOptions
+from cdr_dist.production.forget_job import ForgetOptions
 from cdr_dist.production.options import SETTLED, NightlyOptions
 from cdr_dist.production.recommendation_options import RecommendOptions
 
@@ -45,6 +46,7 @@ WORDS: dict[str, type] = {
     "jobs/prepare.py": prepare_options.PrepareOptions,
     "jobs/recommend.py": RecommendOptions,
     "jobs/export.py": ExportOptions,
+    "jobs/forget.py": ForgetOptions,
     "jobs/nightly.py": NightlyOptions,
     "tools/generate.py": GenerateOptions,
 }
