@@ -65,7 +65,7 @@ class Worker:
     def __init__(self, shape, rank, workers):
         self.rank, self.workers, self.folder = rank, workers, "data"
         self.device, self.passes = torch.device("cpu"), {}
-        self.manifest = SimpleNamespace(checksum="data")
+        self.manifest = SimpleNamespace(checksum="data", is_or_was=lambda checksum: checksum == "data")
         block = -(-ROWS // workers)
         self.first, stop = min(rank * block, ROWS), min((rank + 1) * block, ROWS)
         start = State()

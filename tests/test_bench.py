@@ -297,6 +297,7 @@ KEYS = {
 }
 
 
+@pytest.mark.soak
 def test_every_suite_runs_quickly(capsys, tmp_path):
     bench.main(["--quick", "--json", str(tmp_path / "lines")])
     found = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]

@@ -21,7 +21,6 @@ from cdr_dist.data.histories import History
 from cdr_dist.errors import UserError
 from cdr_dist.models.conet import CoNet
 from cdr_dist.models.dasl import DASL
-from cdr_dist.models.mf import MatrixFactorisation
 from cdr_dist.models.minet import MiNet
 from cdr_dist.production.export_job import export_job, export_worker
 from cdr_dist.production.scorer import exported
@@ -105,10 +104,8 @@ def test_the_tables_are_the_runs_whatever_number_of_workers_writes_them(tmp_path
     "model",
     [
         lambda: CoNet(8, (16, 8)),
-        lambda: CoNet(8, (16, 8), False),
         lambda: MiNet(8, (16, 8)),
         lambda: DASL(8, (16, 8), recent=3),
-        lambda: MatrixFactorisation(8),
     ],
 )
 def test_every_backbone_is_exported_and_scores_as_it_does_here(model):

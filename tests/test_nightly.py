@@ -145,7 +145,7 @@ def test_a_missed_day_is_made_up_for_and_replaces_nothing(tmp_path, capsys):
 
 FOLDERS = ("datasets", "runs", "nights", "recommendations")
 OURS = [effect for effect in EFFECTS if effect.startswith(("nightly.", "recommend."))]
-IN_CI = {"nightly.publish:before", "nightly.publish:after", "recommend.part:after"}
+IN_CI = {"nightly.publish:before", "nightly.publish:after"}
 
 
 @functools.cache

@@ -132,7 +132,7 @@ SURE = [("a", "x", 3, 5.0), ("a", "y", 1, 4.0), ("a", "z", 9, 5.0)]  # so that n
 SURE += [(user, f"{user}'s", 0, 1.0) for user in "pq"]  # nobody has all items
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     source=logs,
     target=logs,

@@ -173,6 +173,7 @@ def test_ray_train_still_has_the_handler_of_ctrl_c_that_we_leave_out():
     assert callable(vars(DataParallelTrainer)["_register_sigint_handler"])
 
 
+@pytest.mark.soak  # of a cluster that is there already, tests/test_ray_submit.py
 def test_what_a_worker_finds_wrong_is_one_line(tmp_path):
     """A damaged page that the size does not show: found by the worker that reads it, while it trains."""
     dataset = copied(rated(), tmp_path)

