@@ -12,6 +12,7 @@ import multiprocessing as mp
 import os
 import pickle
 import socket
+import tempfile
 import traceback
 
 _POOLS = {}
@@ -25,9 +26,9 @@ def on_workers(workers, function, *arguments, timeout=180):
     pool = _POOLS.get(workers)
     if pool is None or not all(process.is_alive() for process, _ in pool):
         pool = _POOLS[workers] = [_start() for _ in range(workers)]
-    port = free_port()
+    meeting = tempfile.mktemp(prefix="cdr-workers-")  # a file: a port that was free may be somebody's a moment later
     for rank, (_, pipe) in enumerate(pool):
-        pipe.send_bytes(pickle.dumps((rank, workers, port, function, arguments)))
+        pipe.send_bytes(pickle.dumps((rank, workers, meeting, function, arguments)))
     results = []
     for rank, (process, pipe) in enumerate(pool):
         try:
@@ -39,6 +40,8 @@ def on_workers(workers, function, *arguments, timeout=180):
             end(workers)
             raise AssertionError(f"worker {rank}:\n{value}")
         results.append(value)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(meeting)
     return results
 
 
@@ -62,7 +65,7 @@ def _alone(function, arguments):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     os.environ["LOCAL_WORLD_SIZE"] = "1"
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         return function(0, *arguments)
     finally:
@@ -86,13 +89,12 @@ def _serve(pipe):
     while True:
         with contextlib.suppress(KeyboardInterrupt):
             try:
-                rank, workers, port, function, arguments = pickle.loads(pipe.recv_bytes())
+                rank, workers, meeting, function, arguments = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 return
             os.environ["LOCAL_WORLD_SIZE"] = str(workers)
             try:
-                address = f"tcp://127.0.0.1:{port}"
-                dist.init_process_group("gloo", init_method=address, rank=rank, world_size=workers)
+                dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers)
                 result = function(rank, *arguments)
                 dist.barrier()
                 dist.destroy_process_group()

@@ -183,6 +183,7 @@ def test_every_history_ends_as_the_model_says(shape, keep, in_background, events
     tell(shape, keep, in_background, events)
 
 
+@pytest.mark.soak
 def test_a_history_that_fails_is_told_short(monkeypatch):
     """The planted bug: the optimiser's state is forgotten."""
     right = checkpoint.parts_of
