@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cdr_dist.bilevel.options import HypergradientOptions, PerceptronOptions
-from cdr_dist.data.options import StorageOptions, StreamOptions
+from cdr_dist.data.options import SoftmaxOptions, StorageOptions, StreamOptions
 from cdr_dist.embeddings.options import TableOptions
 from cdr_dist.errors import UserError, nearest
 from cdr_dist.training.options import (
@@ -55,6 +55,7 @@ class TrainConfig:
     model: Any = None
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    softmax: SoftmaxOptions = field(default_factory=SoftmaxOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
     storage: StorageOptions = field(default_factory=StorageOptions)
     tables: TableOptions = field(default_factory=TableOptions)

@@ -101,7 +101,7 @@ def test_a_split_off_dev_set_is_never_trained_on_and_all_there_is_to_dev_batches
     for shard in sorted((data() / "train").glob("*.parquet")):
         stored = StoredRows.of(pq.read_table(shard))
         for epoch in (0, 1):
-            batch = make.train(stored, epoch, len(stored), split)
+            batch = make.train(stored, Place(epoch), len(stored), split)
             train_rows |= set(batch.example[batch.weight > 0].tolist())
             block = Block(stored, [Rows(stored, Place(epoch, 0), len(stored))])
             (dev,) = make.dev_steps(block, split)

@@ -17,6 +17,7 @@ from cdr_dist.data.feature_names import DOMAINS, HISTORY_FEATURES, ROW_FEATURES
 from cdr_dist.data.hold_out import HoldOut
 from cdr_dist.data.options import BatchOptions
 from cdr_dist.data.stored_rows import StoredRows
+from cdr_dist.data.stream import Place
 from tests import datasets
 
 
@@ -47,9 +48,9 @@ def lists(batch, domain, part="item"):
 
 def test_a_batch_is_the_same_in_parts_and_in_any_order(data):
     make, table = builder(data), stored(data)
-    whole = make.train(StoredRows.of(table), 3, table.num_rows)
+    whole = make.train(StoredRows.of(table), Place(3), table.num_rows)
     order = np.random.default_rng(0).permutation(table.num_rows)
-    shuffled = make.train(StoredRows.of(table.take(order)), 3, table.num_rows)
+    shuffled = make.train(StoredRows.of(table.take(order)), Place(3), table.num_rows)
     k = make.expansion
     rows = (order[:, None] * k + np.arange(k)).ravel()
     for name in whole.train.keys():
@@ -63,10 +64,10 @@ def test_a_batch_is_the_same_in_parts_and_in_any_order(data):
 
 def test_epochs_and_seeds_draw_anew(data):
     table = stored(data)
-    first = builder(data).train(StoredRows.of(table), 0, 1)
+    first = builder(data).train(StoredRows.of(table), Place(), 1)
     for other in (
-        builder(data).train(StoredRows.of(table), 1, 1),
-        builder(data, seed=9).train(StoredRows.of(table), 0, 1),
+        builder(data).train(StoredRows.of(table), Place(1), 1),
+        builder(data, seed=9).train(StoredRows.of(table), Place(), 1),
     ):
         assert not np.array_equal(column(first, "source_item"), column(other, "source_item"))
 
@@ -82,7 +83,7 @@ def test_training_negatives_avoid_the_users_training_positives_and_nothing_else(
         zip(stored(folder, "test")["user"].to_pylist(), stored(folder, "test")["item"].to_pylist(), strict=True)
     )
     for epoch in range(10):
-        batch = make.train(StoredRows.of(table), epoch, 1)
+        batch = make.train(StoredRows.of(table), Place(epoch), 1)
         negative = batch.label.numpy() == 0
         assert negative.sum() == 3 * table.num_rows
         for user, item in zip(column(batch, "user")[negative], column(batch, "target_item")[negative], strict=True):
@@ -101,7 +102,7 @@ def test_source_draws_are_the_users_own_behaviours_or_negatives_in_the_right_sha
     own = dict(zip(table["user"].to_pylist(), table["source_candidates_item"].to_pylist(), strict=True))
     labels = []
     for epoch in range(5):
-        batch = make.train(StoredRows.of(table), epoch, 1)
+        batch = make.train(StoredRows.of(table), Place(epoch), 1)
         for user, item, label in zip(
             column(batch, "user"), column(batch, "source_item"), batch.source_label.tolist(), strict=True
         ):
@@ -123,7 +124,7 @@ def test_evaluation_draws_do_not_change_and_negatives_are_the_stored_ones():
 
 def test_histories_keep_the_most_recent(data):
     table = stored(data)
-    batch = builder(data, history_length=3).train(StoredRows.of(table), 0, 1)
+    batch = builder(data, history_length=3).train(StoredRows.of(table), Place(), 1)
     found = lists(batch, "source")  # negatives share the history of their row
     assert found == [whole[-3:] for whole in table["source_history_item"].to_pylist()]
 
@@ -147,8 +148,8 @@ def test_held_out_behaviours_leave_the_lower_batches_and_make_the_dev_batches(da
     number = {user: len(items) for user, items in peers.items()}
     for epoch in range(0, 12, 2):
         hold_out = HoldOut(seed=8, share=share, epochs=2)
-        lower = make.train(StoredRows.of(table), epoch, table.num_rows, hold_out)
-        again = make.train(StoredRows.of(table), epoch + 1, table.num_rows, hold_out)
+        lower = make.train(StoredRows.of(table), Place(epoch), table.num_rows, hold_out)
+        again = make.train(StoredRows.of(table), Place(epoch + 1), table.num_rows, hold_out)
         dev = make.dev_of_same_users(StoredRows.of(table), epoch, table.num_rows, hold_out)
         assert torch.equal(lower.weight, again.weight)  # the same for a period of two epochs
         left_out = lower.weight[::k].numpy() == 0
@@ -170,7 +171,7 @@ def test_categories_are_those_that_the_dataset_stores_with_every_behaviour(data)
     """Also an unknown item's."""
     make, table = builder(data), stored(data)
     k = make.expansion
-    batch = make.train(StoredRows.of(table), 0, 1)
+    batch = make.train(StoredRows.of(table), Place(), 1)
     assert column(batch, "target_category")[::k].tolist() == table["category"].to_pylist()
     for domain in ("target", "source"):
         found = lists(batch, domain, "category")
@@ -185,7 +186,7 @@ def test_categories_are_those_that_the_dataset_stores_with_every_behaviour(data)
 
 
 def test_a_worker_without_rows_gets_one_filler(data):
-    batch = builder(data).train(StoredRows.of(stored(data).slice(0, 0)), 0, 10)
+    batch = builder(data).train(StoredRows.of(stored(data).slice(0, 0)), Place(), 10)
     assert len(batch) == 1
     assert batch.weight.tolist() == [0]
     assert not batch.source_valid.any()
@@ -198,7 +199,7 @@ def test_a_source_behaviour_stands_in_its_history_behind_what_came_before_it(dat
     table, found = stored(data), 0
     candidates = [of for of in table["source_candidates_item"].to_pylist() for _ in range(make.expansion)]
     for epoch in range(3):
-        batch = make.train(StoredRows.of(table), epoch, 1)
+        batch = make.train(StoredRows.of(table), Place(epoch), 1)
         histories = [of for of in lists(batch, "source") for _ in range(make.expansion)]
         drawn = zip(column(batch, "source_item"), batch.source_before, batch.source_label, strict=True)
         for history, own, (item, before, label) in zip(histories, candidates, drawn, strict=True):

@@ -14,6 +14,7 @@ from cdr_dist.data.feature_names import DOMAINS, ROW_FEATURES
 from cdr_dist.data.hold_out import HoldOut
 from cdr_dist.data.options import BatchOptions
 from cdr_dist.data.stored_rows import StoredRows
+from cdr_dist.data.stream import Place
 from cdr_dist.models.protocol import cross_entropy
 from cdr_dist.training.accumulation import Part
 from cdr_dist.training.lower import add_head_gradient
@@ -38,8 +39,8 @@ def column(batch, name):
 def test_every_draw_is_the_same_rows_with_other_source_behaviours(data):
     table, make = opened(data)
     once, thrice = (
-        make.train(StoredRows.of(table), 0, table.num_rows),
-        make.train(StoredRows.of(table), 0, table.num_rows, draws=3),
+        make.train(StoredRows.of(table), Place(), table.num_rows),
+        make.train(StoredRows.of(table), Place(), table.num_rows, draws=3),
     )
     assert len(thrice) == 3 * len(once)
 
@@ -115,7 +116,7 @@ def test_the_extra_heads_gradient_is_that_of_its_loss():
     """Written down in `lower`, against autograd's; it is added to what is there, and rows of weight 0 do not count."""
     random = torch.Generator().manual_seed(0)
     features, label = torch.randn(6, 3, generator=random), torch.tensor([1.0, 0, 1, 1, 0, 0])
-    rows = Part(label, label, torch.tensor([1.0, 1, 1, 0, 1, 1]), {}, label)
+    rows = Part(label, label, torch.tensor([1.0, 1, 1, 0, 1, 1]), {}, label, label)
     head = torch.nn.Linear(3, 1)
     loss = (rows.weight * cross_entropy(head(features).squeeze(1), label)).sum() / 10
     wanted = torch.autograd.grad(loss, list(head.parameters()))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cdr_dist.bilevel.perceptron import HISTORIES, PerceptronInput
-from cdr_dist.data.feature_names import is_bag, of_history
+from cdr_dist.data.feature_names import is_bag, is_shared, of_history
 from cdr_dist.data.histories import History
 from cdr_dist.embeddings.features import Features, ids_by_table, rows_by_feature
 from cdr_dist.embeddings.tables import ShardedTables
@@ -47,13 +47,17 @@ class ResidentRows:
         return rows_by_feature(taken, self._batch, self._features)
 
     def counts(self, weight: Tensor, histories: Mapping[str, History]) -> dict[str, Tensor]:
-        """Table -> [n]: the summed weights [B] of the examples that use each row, on this worker."""
+        """Table -> [n]: the summed weights [B] of the examples that use each row, on this worker; a softmax's
+        candidates are used by all of them."""
         found = {t: weight.new_zeros(len(ids)) for t, ids in self.unique.items()}
         start = dict.fromkeys(found, 0)
         for feature, size in zip(self._batch.keys(), self._batch.length_per_key(), strict=True):
             table = self._features.get(feature)
             if table is not None:
-                of = _by_item(histories[feature.partition("_")[0]], weight) if of_history(feature) else weight
+                if is_shared(feature):
+                    of = weight.sum().expand(size)
+                else:
+                    of = _by_item(histories[feature.partition("_")[0]], weight) if of_history(feature) else weight
                 if is_bag(feature):
                     of = of.repeat_interleave(self._batch[feature].lengths().long(), output_size=size)
                 found[table].index_add_(0, self._place[table][start[table] : start[table] + size], of)

@@ -7,7 +7,7 @@ builds it, nor on what was built before.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -18,36 +18,58 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cdr_dist.data import storage
-from cdr_dist.data.dataset import PADDING, UNKNOWN, USERS, Manifest
-from cdr_dist.data.feature_names import DOMAINS, HISTORY_FEATURES, column_of, is_bag, of_history, of_target_item
+from cdr_dist.data.candidates import Candidates, CandidateSampler
+from cdr_dist.data.dataset import PADDING, SEQUENCES, UNKNOWN, USERS, Manifest
+from cdr_dist.data.feature_names import (
+    DOMAINS,
+    HISTORY_FEATURES,
+    SHARED_FEATURES,
+    column_of,
+    is_bag,
+    of_history,
+    of_target_item,
+)
 from cdr_dist.data.hashing import integers, key, mix, uniform
 from cdr_dist.data.histories import History
 from cdr_dist.data.hold_out import HoldOut, Split
 from cdr_dist.data.lists import Lists
 from cdr_dist.data.negatives import draw_negatives
-from cdr_dist.data.options import BatchOptions
+from cdr_dist.data.options import BatchOptions, SoftmaxOptions
 from cdr_dist.data.stored_rows import StoredRows
-from cdr_dist.data.stream import Block
+from cdr_dist.data.stream import Block, Place, Rows
 
 # Categories are those of the items (as in the vocabulary), which costs less than reading them row by row.
 _EXAMPLE = ["example_id", "user", "item", "label"]
 _CANDIDATES = ["source_candidates_item", "source_candidates_label"]
 # Of the user's other training behaviours: negatives avoid the items, dev batches and the hold-out need all.
 _PEERS = ["target_candidates_item", "target_candidates_label", "position"]
-_COLUMNS = ("label", "source_label", "source_valid", "source_before", "weight", "user", "example")
+_COLUMNS = ("label", "source_label", "source_valid", "source_before", "source_item", "weight", "user", "example")
+
+
+EVALUATION = Place(-1, 0)
+"""What evaluation draws, it draws as if at this place."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How many numbers a backbone asks for by example; fixed: the same for a user, whatever the epoch and example."""
+
+    count: int = 0
+    fixed: bool = False
 
 
 @dataclass
 class Batch:
     """One worker's part of a global batch; B rows, of which fillers (weight 0) do not count.
 
-    train: the features whose rows train: of the rows one id each, then of the distinct items of histories and bags of
-    values, where the model reads them. histories: domain -> histories, one a stored row: the B / histories rows that a
-    stored row became stand after one another and share it.
+    train: the features whose rows train: of the rows one id each, then of the distinct items of histories, bags of
+    values and candidates of a softmax, where the model reads them. histories: domain -> histories, one a stored row:
+    the B / histories rows that a stored row became stand after one another and share it.
     label, source_label, weight: float32 [B]; source_valid: bool [B]; user, example: int64 [B].
     source_before: int64 [B]: how many of the row's source history came before its source behaviour (or that of which
-    it is the negative), 0 unless the model reads both. example names the stored row: a positive and its negatives
-    share it.
+    it is the negative), 0 unless the model reads both; source_item: int64 [B], which item it is. example names the
+    stored row: a positive and its negatives share it. candidates: domain -> those of its softmax; draws: float32
+    [histories, as many as the model asks for].
     """
 
     train: KeyedJaggedTensor
@@ -56,10 +78,13 @@ class Batch:
     source_label: Tensor
     source_valid: Tensor
     source_before: Tensor
+    source_item: Tensor
     weight: Tensor
     user: Tensor
     example: Tensor
     global_rows: int
+    candidates: Mapping[str, Candidates] = field(default_factory=dict)
+    draws: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
     def __len__(self) -> int:
         return len(self.label)
@@ -68,13 +93,16 @@ class Batch:
         if device.type == "cpu":
             return self
         moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
-        histories = {domain: history.to(device) for domain, history in self.histories.items()}
-        return Batch(**moved, histories=histories, global_rows=self.global_rows)
+        for name in ("histories", "candidates"):
+            moved[name] = {domain: of.to(device) for domain, of in getattr(self, name).items()}
+        return Batch(**moved, global_rows=self.global_rows)
 
 
 class BatchBuilder:
     """Turns stored rows into batches for one dataset. features: that the model reads; histories: domains whose
-    histories somebody else reads. category_of: of each domain that is read, the category of every item [rows].
+    histories somebody else reads; sequences: features of batches of source sequences; draws: numbers that the model
+    asks for by example, or by user where they are fixed. category_of: of each domain that is read, the category of
+    every item [rows].
     """
 
     def __init__(
@@ -85,8 +113,13 @@ class BatchBuilder:
         seed: int,
         features: Collection[str],
         histories: Collection[str] = (),
+        softmax: SoftmaxOptions | None = None,
+        sequences: Collection[str] = (),
+        draws: Draws | None = None,
     ) -> None:
         self._options, self._seed = options, seed
+        self._sequences, self._draws = sequences, draws or Draws()
+        self._next = "source_next" in features
         self._source = any(f.startswith("source_") and not of_history(f) for f in features)
         self._source_user = "source_user" in features
         self._trained = [f for f in HISTORY_FEATURES if f in features]
@@ -104,6 +137,14 @@ class BatchBuilder:
             d: item_values(folder, manifest, d, sorted({column_of(f) for f in self._bags if f.startswith(d)}))
             for d in DOMAINS
         }
+        self._shared = [f for f in SHARED_FEATURES if f in features]
+        self._samplers = {
+            d: CandidateSampler(
+                (softmax if d == "source" else None) or SoftmaxOptions(), seed, d, item_counts(folder, manifest, d)
+            )
+            for d in DOMAINS
+            if f"{d}_softmax" in {*features, *sequences}
+        }
 
     @property
     def expansion(self) -> int:
@@ -112,6 +153,8 @@ class BatchBuilder:
 
     def columns(self, split: str) -> list[str]:
         """Of a split, or of the users' rows."""
+        if split in SEQUENCES:
+            return ["example_id", "source_history_item"]
         if split == USERS:
             wanted = ["example_id", "user"]
         elif split == "train":
@@ -126,14 +169,19 @@ class BatchBuilder:
         return wanted
 
     def train(
-        self, stored: StoredRows, epoch: int, global_rows: int, hold_out: HoldOut | Split | None = None, draws: int = 1
+        self,
+        stored: StoredRows,
+        place: Place,
+        global_rows: int,
+        hold_out: HoldOut | Split | None = None,
+        draws: int = 1,
     ) -> Batch:
         """global_rows: stored rows of the global step; the batch counts its negatives too.
 
         Rows that `hold_out` keeps for the dev loss get weight 0 (global_rows still counts them). draws: how often every
         row comes, each time with another draw of its source behaviour.
         """
-        return self._with_histories(self._train(stored, epoch, global_rows, hold_out, draws), stored)
+        return self._completed(self._train(stored, place.epoch, global_rows, hold_out, draws), stored, place)
 
     def _train(
         self, stored: StoredRows, epoch: int, global_rows: int, hold_out: HoldOut | Split | None, draws: int = 1
@@ -151,7 +199,7 @@ class BatchBuilder:
         found = []
         for rows in block.steps:
             own = rows.stored.arranged(np.flatnonzero(split.held(rows.stored, rows.place.epoch)))
-            found.append(self.train(own, rows.place.epoch, rows.global_rows))
+            found.append(self.train(own, rows.place, rows.global_rows))
         return found
 
     def train_steps(self, block: Block, hold_out: HoldOut | Split | None = None) -> list[Batch]:
@@ -159,11 +207,43 @@ class BatchBuilder:
         every = [rows.global_rows for rows in block.steps]
         stored = [len(rows.stored) for rows in block.steps]
         if 0 in stored:
-            return [self.train(r.stored, r.place.epoch, r.global_rows, hold_out) for r in block.steps]
+            return [self.train(r.stored, r.place, r.global_rows, hold_out) for r in block.steps]
         whole = self._train(block.stored, block.steps[0].place.epoch, sum(every), hold_out)
         batches = _split(whole, stored, [rows * self.expansion for rows in every])
         histories = self._histories_of(block.stored, stored)
-        return [self._joined(batch, own) for batch, own in zip(batches, histories, strict=True)]
+        draws = self._drawn(block.stored, block.steps[0].place.epoch).split(stored)
+        parts = zip(batches, histories, draws, block.steps, strict=True)
+        return [self._joined(batch, own, drawn, step.place) for batch, own, drawn, step in parts]
+
+    def sequence_steps(self, block: Block) -> list[Batch]:
+        """Batches of source sequences, of which a row is nothing but its history: one for every step of a block."""
+        histories = self._histories_of(block.stored, [len(rows.stored) for rows in block.steps], ["source"])
+        return [self._of_sequences(of, rows, rows.place) for of, rows in zip(histories, block.steps, strict=True)]
+
+    def sequences(self, rows: Rows) -> Batch:
+        """The same for evaluation, with the candidates of every evaluation."""
+        (histories,) = self._histories_of(rows.stored, [len(rows.stored)], ["source"])
+        return self._of_sequences(histories, rows, EVALUATION)
+
+    def _of_sequences(self, histories: dict[str, History], rows: Rows, place: Place) -> Batch:
+        candidates = self._candidates(self._sequences, place)
+        ids = {feature: of for feature, (of, _) in self._more(self._sequences, histories, candidates).items()}
+        example = _filled(rows.stored["example_id"], max(1, len(rows.stored)), torch.int64)
+        label = torch.zeros(len(example))
+        return Batch(
+            train=_of_any_length(ids),
+            histories=histories,
+            label=label,
+            source_label=label,
+            source_valid=label > 0,
+            source_before=torch.zeros_like(example),
+            source_item=torch.zeros_like(example),
+            weight=torch.ones_like(label),
+            user=torch.zeros_like(example),
+            example=example,
+            global_rows=rows.global_rows,
+            candidates=candidates,
+        )
 
     def dev_of_same_users(
         self, stored: StoredRows, epoch: int, global_rows: int, hold_out: HoldOut | None = None, each: int = 1
@@ -187,7 +267,7 @@ class BatchBuilder:
         chosen = np.where(valid, chosen, 0)
         item, label = (stored.lists(f"target_candidates_{part}").pick(row, chosen) for part in ("item", "label"))
         batch = self._with_negatives(stored, copies, item, label, "dev_", epoch, global_rows)
-        batch = self._with_histories(batch, stored)
+        batch = self._completed(batch, stored, Place(epoch))
         if len(stored):
             batch.weight = torch.from_numpy(np.repeat(valid, self.expansion)).float()
         return batch
@@ -231,7 +311,7 @@ class BatchBuilder:
             item[negative] = stored.lists("negatives_item").pick(row[negative], j[negative] - 1)
             label[negative] = 0.0
         batch = self._assemble(stored, row, j, item, label, -1, k, global_rows * (1 + k))
-        return self._with_histories(batch, stored)
+        return self._completed(batch, stored, EVALUATION)
 
     def users(self, stored: StoredRows, global_rows: int) -> Batch:
         """Rows of users, each with the latest source behaviour and the latest histories, and without an item."""
@@ -239,7 +319,7 @@ class BatchBuilder:
         batch = self._assemble(
             stored, np.arange(len(stored)), nothing, nothing + PADDING, np.zeros(len(stored)), -1, 0, global_rows
         )
-        return self._with_histories(batch, stored)
+        return self._completed(batch, stored, EVALUATION)
 
     def _assemble(
         self,
@@ -253,27 +333,32 @@ class BatchBuilder:
         global_rows: int,
     ) -> Batch:
         features = {"user": stored["user"][row], "target_item": item, "target_category": self._of("target", item)}
-        source_label, before = np.zeros(len(row)), np.zeros(len(row), dtype=np.int64)
+        source_label = np.zeros(len(row))
+        source_item = before = np.zeros(len(row), dtype=np.int64)
         valid = np.zeros(len(row), dtype=bool)
         if self._source:
             pair = self._pair(stored, row, draw, epoch, k)
             features |= {"source_item": pair.item, "source_category": self._of("source", pair.item)}
-            source_label, valid, before = pair.label, pair.valid, pair.before
+            source_label, valid, before, source_item = pair.label, pair.valid, pair.before, pair.item
         if self._source_user:
             features["source_user"] = features["user"]
+        if self._next:
+            features["source_next"] = features["source_item"]
         if not len(row):  # a worker without rows would crash the lookup and take its peers along
             features = {n: np.zeros(1, dtype=np.int64) for n in features}
         rows = max(len(row), 1)
-        floats = {"label": label, "source_label": source_label, "weight": np.ones(len(row))}
         return Batch(
             train=_one_id_a_row(features),
             histories={},
             source_valid=_filled(valid, rows, torch.bool),
             source_before=_filled(before, rows, torch.int64),
+            source_item=_filled(source_item, rows, torch.int64),
             user=_filled(stored["user"][row], rows, torch.int64),
             example=_filled(stored["example_id"][row], rows, torch.int64),
             global_rows=global_rows,
-            **{n: _filled(v, rows, torch.float32) for n, v in floats.items()},
+            label=_filled(label, rows, torch.float32),
+            source_label=_filled(source_label, rows, torch.float32),
+            weight=_filled(np.ones(len(row)), rows, torch.float32),
         )
 
     def target_items(self, item: NDArray[np.int64]) -> KeyedJaggedTensor:
@@ -282,35 +367,62 @@ class BatchBuilder:
         bags = {f: self._bag(f, item) for f in self._bags if of_target_item(f)}
         return _with_more(features, bags) if bags else features
 
-    def _with_histories(self, batch: Batch, stored: StoredRows) -> Batch:
+    def _completed(self, batch: Batch, stored: StoredRows, place: Place) -> Batch:
         (histories,) = self._histories_of(stored, [len(stored)])
-        return self._joined(batch, histories)
+        return self._joined(batch, histories, self._drawn(stored, place.epoch), place)
 
-    def _joined(self, batch: Batch, histories: dict[str, History]) -> Batch:
-        batch.histories = histories
-        more: dict[str, tuple[Tensor, Tensor | None]] = {}
-        for feature in self._trained:
-            more[feature] = getattr(histories[feature.partition("_")[0]], column_of(feature)), None
+    def _joined(self, batch: Batch, histories: dict[str, History], draws: Tensor, place: Place) -> Batch:
+        """With what is not of its rows one by one."""
+        candidates = {} if place == EVALUATION else self._candidates(self._shared, place)
+        more = self._more([*self._trained, *self._shared], histories, candidates)
         for feature in self._bags:
             domain = feature.partition("_")[0]
             item = histories[domain].item if of_history(feature) else batch.train[f"{domain}_item"].values()
             more[feature] = self._bag(feature, item.numpy())
-        if more:
-            batch.train = _with_more(batch.train, more)
-        return batch
+        train = _with_more(batch.train, more) if more else batch.train
+        return replace(batch, train=train, histories=histories, candidates=candidates, draws=draws)
+
+    def _more(
+        self, features: Collection[str], histories: Mapping[str, History], candidates: Mapping[str, Candidates]
+    ) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Of histories and candidates: feature -> ids, one each."""
+        found: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for feature in features:
+            domain = feature.partition("_")[0]
+            if of_history(feature):
+                found[feature] = getattr(histories[domain], column_of(feature)), None
+            elif domain in candidates:
+                found[feature] = candidates[domain].item, None
+        return found
+
+    def _candidates(self, features: Collection[str], place: Place) -> dict[str, Candidates]:
+        return {d: of.of(place.epoch, place.step) for d, of in self._samplers.items() if f"{d}_softmax" in features}
+
+    def _drawn(self, stored: StoredRows, epoch: int) -> Tensor:
+        """[stored rows, count]; a worker without rows has one."""
+        bits = mix(key("draw", self._seed), stored["example_id"] if len(stored) else np.zeros(1, dtype=np.int64))
+        if self._draws.fixed:
+            user = stored["user"] if len(stored) else np.zeros(1, dtype=np.int64)
+            bits = np.where(user > UNKNOWN, mix(key("draw of user", self._seed), user), bits)
+        else:
+            bits = mix(np.uint64(epoch % 2**64), bits)
+        drawn = uniform(mix(key("draws"), bits[:, None], np.arange(self._draws.count)))
+        return torch.from_numpy(drawn.astype(np.float32))
 
     def _bag(self, feature: str, item: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """The values of items [n] in a declared column: ids [total], int32 lengths [n]."""
         values, lengths = self._values[feature.partition("_")[0]][column_of(feature)].of(item)
         return torch.from_numpy(values.astype(np.int64)), torch.from_numpy(lengths.astype(np.int32))
 
-    def _histories_of(self, stored: StoredRows, sizes: Sequence[int]) -> list[dict[str, History]]:
+    def _histories_of(
+        self, stored: StoredRows, sizes: Sequence[int], domains: Sequence[str] | None = None
+    ) -> list[dict[str, History]]:
         """Of so many stored rows each; a worker without rows has one empty history."""
         found = {
             domain: History.of_steps(
                 stored.lists(f"{domain}_history_item"), sizes, self._options.history_length, self.category_of[domain]
             )
-            for domain in self._histories
+            for domain in (self._histories if domains is None else domains)
         }
         return [{domain: of[step] for domain, of in found.items()} for step in range(len(sizes))]
 
@@ -330,7 +442,9 @@ class BatchBuilder:
         item = candidates.pick(row, index).astype(np.int64)
         label = stored.lists("source_candidates_label").pick(row, index).astype(np.float64)
         valid = count > 0
-        if self._sampled and k:
+        if self._next:
+            valid &= item > UNKNOWN  # nobody can predict what is not known
+        elif self._sampled and k:
             coin = uniform(mix(key("source_label", self._seed), epoch, example, draw))
             negative = np.flatnonzero(valid & (coin >= 1.0 / (1 + k)))
             item[negative] = draw_negatives(
@@ -380,6 +494,16 @@ def item_categories(folder: str, manifest: Manifest, domain: str) -> NDArray[np.
     return found
 
 
+def item_counts(folder: str, manifest: Manifest, domain: str) -> NDArray[np.int64]:
+    """How often every item id of a domain occurs in training [rows]; 0 for the reserved ids."""
+    uri = storage.join(folder, manifest.vocab[f"{domain}_item"].path)
+    with storage.naming(uri):
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)), columns=["id", "count"])
+    found = np.zeros(manifest.rows[f"{domain}_item"], dtype=np.int64)
+    found[table.column("id").to_numpy()] = table.column("count").to_numpy()
+    return found
+
+
 def item_values(folder: str, manifest: Manifest, domain: str, columns: Sequence[str]) -> dict[str, Lists]:
     """Declared column -> the value ids of every item id of a domain; an unknown item has none."""
     if not columns:
@@ -413,6 +537,18 @@ def _split_train(train: KeyedJaggedTensor, sizes: Sequence[int]) -> list[KeyedJa
     keys = train.keys()
     columns = train.values().view(len(keys), -1).split(list(sizes), dim=1)
     return [_ones(keys, values.reshape(-1)) for values in columns]
+
+
+def _of_any_length(features: Mapping[str, Tensor]) -> KeyedJaggedTensor:
+    """One id a row, of a number of rows that differs between the features."""
+    each = [len(of) for of in features.values()]
+    return KeyedJaggedTensor(
+        keys=list(features),
+        values=torch.cat(list(features.values())),
+        lengths=torch.ones(sum(each), dtype=torch.int32),
+        length_per_key=each,
+        stride_per_key_per_rank=[[n] for n in each],
+    )
 
 
 def _expanded(rows: int, k: int) -> tuple[NDArray, NDArray]:

@@ -39,6 +39,25 @@ class BatchOptions:
 
 
 @dataclass
+class SoftmaxOptions:
+    """The softmax over a domain's items that predicts the next one (model=nextitnet)."""
+
+    negatives: int = 0
+    """Sampled items that all rows of a global batch share; 0: all items, for vocabularies of some ten thousand."""
+    sampler: str = "popularity"
+    """Where negatives come from, with replacement and corrected by log Q; popularity: by how often an item occurs in
+    training, to the power of `power`; log_uniform: by its rank in popularity; uniform."""
+    power: float = 1.0
+    """With sampler=popularity."""
+
+    def __post_init__(self) -> None:
+        if self.sampler not in ("popularity", "log_uniform", "uniform"):
+            raise UserError(f"softmax.sampler={self.sampler}: choose popularity, log_uniform or uniform")
+        if self.negatives < 0 or not 0 <= self.power < math.inf:
+            raise UserError(f"softmax.negatives={self.negatives}, softmax.power={self.power}: must not be negative")
+
+
+@dataclass
 class StorageOptions:
     """Reading and writing files, local ones and those of an object store (docs/object-storage.md)."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cdr_dist.data.candidates import Candidates
 from cdr_dist.data.feature_names import of_history, of_target_item
 from cdr_dist.data.histories import History
 from cdr_dist.models.protocol import Backbone, Labels
@@ -45,6 +46,9 @@ class _NoLabels:
     source_label: Tensor
     histories: Mapping[str, History]
     source_before: Tensor
+    source_item: Tensor
+    candidates: Mapping[str, Candidates]
+    draws: Tensor
 
 
 class _RowByRow:
@@ -87,7 +91,8 @@ class _RowByRow:
         parts |= {f: flat_rows[:, i * width : (i + 1) * width] for i, f in enumerate(self._of_row)}
         histories = self._histories(flat_rows[:, len(self._of_row) * width :], width, parts)
         none = torch.zeros(sizes.numel(), device=rows.device)
-        return self._model(parts, _NoLabels(none, none, histories, none.long())).target_logit.view(sizes)
+        labels = _NoLabels(none, none, histories, none.long(), none.long(), {}, none.new_zeros(len(none), 0))
+        return self._model(parts, labels).target_logit.view(sizes)
 
     def _histories(self, rest: Tensor, width: int, parts: dict[str, Any]) -> dict[str, History]:
         """Puts the histories' rows into `parts`; each position is an item of its own."""

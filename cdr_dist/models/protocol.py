@@ -7,13 +7,14 @@ it reads and from which tables, and gets their rows.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cdr_dist.data.candidates import Candidates
 from cdr_dist.data.histories import History
 
 
@@ -27,30 +28,41 @@ class Spec:
     """
 
     features: Mapping[str, str]
+    sequences: Mapping[str, str] = field(default_factory=dict)
+    """The same of batches of source sequences, which a phase of pre-training reads."""
 
     @property
     def tables(self) -> list[str]:
-        return list(dict.fromkeys(self.features.values()))
+        return list(dict.fromkeys([*self.features.values(), *self.sequences.values()]))
 
 
 class Output(NamedTuple):
-    """Logits [B]; `target_features` [B, k] is what the target head reads (the extra head of BIAO reads it too)."""
+    """Logits [B]; `target_features` [B, k] is what the target head reads (the extra head of BIAO reads it too).
+
+    losses: per-example target and source losses [B] of a backbone that needs more than logits for them.
+    """
 
     target_logit: Tensor
     source_logit: Tensor | None
     target_features: Tensor
+    losses: tuple[Tensor, Tensor | None] | None = None
 
 
 class Labels(Protocol):
     """What a backbone may know of B rows: labels [B], float, and domain -> histories, where `Spec` has features of
     theirs; B / len(histories) rows after one another share one. source_before [B], int64: how many items of a row's
-    source history came before its source behaviour, which stands in it itself.
+    source history came before its source behaviour, which stands in it itself; source_item [B], int64, which item that
+    is. candidates: domain -> those of its
+    softmax. draws [histories, `Backbone.draws`]: numbers of (0, 1) for whatever a backbone draws by example.
     """
 
     label: Tensor
     source_label: Tensor
     histories: Mapping[str, History]
     source_before: Tensor
+    source_item: Tensor
+    candidates: Mapping[str, Candidates]
+    draws: Tensor
 
 
 class Backbone(Protocol):

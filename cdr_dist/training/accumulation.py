@@ -8,15 +8,18 @@ are collected, and one backward pass takes them through the lookup. Only one par
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from cdr_dist.data.batch import Batch
-from cdr_dist.data.feature_names import of_history
+from cdr_dist.data.candidates import Candidates
+from cdr_dist.data.feature_names import is_shared, of_history
 from cdr_dist.data.histories import History
 from cdr_dist.embeddings.features import Features, gradient_by_table, rows_by_feature
+
+_COLUMNS = ("label", "source_label", "weight", "source_before", "source_item")
 
 Weights = Callable[[Mapping[str, Tensor]], Tensor | None]
 """Feature -> rows [B, width] to the weights [B] of all rows, which may couple them."""
@@ -31,6 +34,9 @@ class Part:
     weight: Tensor
     histories: Mapping[str, History]
     source_before: Tensor
+    source_item: Tensor
+    candidates: Mapping[str, Candidates] = field(default_factory=dict)
+    draws: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
 
 def backward_in_parts(
@@ -56,12 +62,11 @@ def backward_in_parts(
     for start, stop in _bounds(len(batch) // copies, parts):
         some = slice(start * copies, stop * copies)
         # The rows of histories are those of the whole batch: which of them a part uses is not worth finding out.
-        of_rows = {f: slice(None) if of_history(f) else some for f in values}
+        of_rows = {f: slice(None) if of_history(f) or is_shared(f) else some for f in values}
         leaves = {f: v[of_rows[f]].detach().requires_grad_() for f, v in values.items()}
         histories = {domain: of.some(start, stop) for domain, of in batch.histories.items()}
-        part = Part(
-            batch.label[some], batch.source_label[some], batch.weight[some], histories, batch.source_before[some]
-        )
+        columns = {name: getattr(batch, name)[some] for name in _COLUMNS}
+        part = Part(**columns, histories=histories, candidates=batch.candidates, draws=batch.draws[start:stop])
         found = losses(leaves, part, None if constant is None else constant[some])
         found[0].backward()
         for f, leaf in leaves.items():
@@ -75,7 +80,8 @@ def backward_in_parts(
             if gradient is not None:
                 into[f] += gradient
     gradients = gradient_by_table(into, batch.train, features)
-    torch.autograd.backward(list(rows.values()), [gradients[t] for t in rows])
+    trained = [t for t, of in rows.items() if of.requires_grad]
+    torch.autograd.backward([rows[t] for t in trained], [gradients[t] for t in trained])
     return sums
 
 

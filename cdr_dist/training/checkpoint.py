@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 COMPLETE, DENSE, PLACE = "COMPLETE", "dense.pt", "place.json"
+STREAMS = ("lower", "dev", "sequences")
+"""Whose places are part of a run's progress."""
 _NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 
 
@@ -53,11 +55,15 @@ class Progress:
     """Lower updates so far, over all phases."""
     upper_steps: int = 0
     phase_done: bool = False
+    begun: int = 0
+    """Step at which the phase began."""
     lower: Place = field(default_factory=Place)
     dev: Place = field(default_factory=Place)
+    sequences: Place = field(default_factory=Place)
     validated_step: int = -1
     """A run that was told to stop saves before it validates: the validation is made up for on resume."""
     best_step: int = -1
+    """Of the phase, as best_value and bad_validations."""
     best_value: float = float("nan")
     bad_validations: int = 0
     passes: dict[str, int] = field(default_factory=dict)
@@ -68,8 +74,8 @@ class Progress:
     @staticmethod
     def from_json(text: bytes) -> Progress:
         raw = json.loads(text)
-        raw["lower"], raw["dev"] = Place(**raw["lower"]), Place(**raw["dev"])
-        return Progress(**raw)
+        places = {name: Place(**raw[name]) for name in STREAMS if name in raw}
+        return Progress(**raw | places)
 
 
 @dataclass(frozen=True, order=True)
@@ -229,7 +235,8 @@ class Checkpoints:
     def load_grown(self, saved: Saved, statistics: bool) -> None:
         """The parameters of another run whose tables have at most as many rows; rows beyond those stay as they are.
 
-        statistics: those of the fused optimiser, too. Modules that only one of the runs has stay as they are.
+        statistics: those of the fused optimiser, too. What only one of the runs has stays as it is: modules, tables,
+        and the parameters of a model that are not its `pretrained` ones.
         """
         parts = parts_of(self._session)
         wanted = {key: part for key, part in parts.items() if statistics or key[1] == "weights"}
@@ -237,6 +244,8 @@ class Checkpoints:
         for name, values in state["modules"].items():
             module = getattr(self._session, name)
             try:
+                if hasattr(module, "pretrained"):
+                    values = module.state_dict() | {key: values[key] for key in module.pretrained() if key in values}
                 if module is not None:
                     module.load_state_dict(values)
             except RuntimeError as error:

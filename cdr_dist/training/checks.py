@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 
 from cdr_dist.bilevel.options import ALL_TABLES, DENSE
 from cdr_dist.configuration import TrainConfig
 from cdr_dist.data import feature_names, storage
-from cdr_dist.data.dataset import Manifest, read_manifest
+from cdr_dist.data.candidates import Candidates
+from cdr_dist.data.dataset import SEQUENCES, Manifest, read_manifest
 from cdr_dist.data.histories import History
 from cdr_dist.data.truth import FILE
 from cdr_dist.embeddings.options import TableSpec
@@ -19,6 +21,7 @@ from cdr_dist.errors import UserError, nearest
 from cdr_dist.evaluation.metrics import RANKING
 from cdr_dist.models.protocol import Output
 from cdr_dist.training.mirrors import check_mlflow
+from cdr_dist.training.options import PhaseConfig
 
 METRICS = ("auc", "gauc", "logloss")
 RANKED = re.compile(rf"(?:{'|'.join(RANKING)})@(\d+)")
@@ -44,8 +47,36 @@ def check_before_start(config: TrainConfig, folder: str) -> Manifest:
 
 
 def build_model(config: TrainConfig) -> Any:
-    """The backbone named by model's `_target_`, with the tables' width and the recipe's variant."""
-    return _built("model", config.model, width=config.tables.width, source=config.recipe.source)
+    """The backbone named by model's `_target_`, with the tables' width and the recipe's variant and transfer."""
+    recipe = config.recipe
+    variant = {"source": recipe.source}
+    if recipe.pretrain or recipe.transfer:
+        _check_sequential(config)
+        variant |= {"pretrain": recipe.pretrain, "target": recipe.target}
+    model = _built("model", config.model, width=config.tables.width, **variant)
+    if recipe.transfer:
+        model.adapt(_built(f"recipe={recipe.name}, transfer", recipe.transfer))
+    return model
+
+
+def _check_sequential(config: TrainConfig) -> None:
+    name = config.model.get("_target_", "") if config.model else ""
+    try:
+        known = get_class(name)
+    except Exception:  # whatever is wrong with it, `_built` says
+        return
+    if not hasattr(known, "adapt"):
+        what = name.rsplit(".", 1)[-1]
+        raise UserError(f"recipe={config.recipe.name}: {what} has no encoder of sequences; take model=nextitnet")
+
+
+def trained_by(model: Any, updates: Sequence[Any]) -> tuple[set[str], set[str]]:
+    """Names of the parameters and of the tables of a model that updates train: all of it, unless it says otherwise."""
+    if not hasattr(model, "trained"):
+        return {name for name, _ in model.named_parameters()}, set(model.spec().tables)
+    streams = {update.stream for update in updates if update.counts}
+    found = [model.trained(stream == "sequences") for stream in streams]
+    return {name for names, _ in found for name in names}, {table for _, tables in found for table in tables}
 
 
 def _one_line(error: BaseException) -> str:
@@ -101,9 +132,10 @@ def table_specs(config: TrainConfig, manifest: Manifest, model: Any) -> list[Tab
     """A table that several features read has as many rows as the largest of their vocabularies."""
     o = config.tables
     rows: dict[str, int] = {}
-    for feature, table in model.spec().features.items():
+    spec = model.spec()
+    for feature, table in (*spec.features.items(), *spec.sequences.items()):
         rows[table] = max(rows.get(table, 0), manifest.rows[feature_names.vocabulary_of(feature)])
-    return [TableSpec(name, rows[name], o.width, o.init_std) for name in model.spec().tables]
+    return [TableSpec(name, rows[name], o.width, o.init_std) for name in spec.tables]
 
 
 def _check_model(config: TrainConfig, manifest: Manifest) -> None:
@@ -111,7 +143,7 @@ def _check_model(config: TrainConfig, manifest: Manifest) -> None:
     model = build_model(config)
     name = f"model {config.model['_target_']}"
     known = feature_names.known(manifest.features)
-    for feature in model.spec().features:
+    for feature in (*model.spec().features, *model.spec().sequences):
         if feature not in known:
             own = feature.startswith(feature_names.DOMAINS) and feature_names.is_bag(feature)
             how = f"prepare it with item_columns.features={feature_names.column_of(feature)}" if own else "a mistake"
@@ -119,13 +151,15 @@ def _check_model(config: TrainConfig, manifest: Manifest) -> None:
                 f"{name} reads the feature {feature}, which {config.data} does not have: {how}; "
                 f"there are {', '.join(known)}"
             )
+    if not config.recipe.target:
+        return
     try:
         histories = len(_TwoLabels.histories["target"].item)
         embedded = {
             f: torch.zeros(histories if feature_names.of_history(f) else 2, config.tables.width)
             for f in model.spec().features
         }
-        labels = _TwoLabels()
+        labels = _TwoLabels(getattr(model, "draws", 0))
         with torch.no_grad():
             output = model(embedded, labels)
             target, source = model.losses(output, labels)
@@ -153,8 +187,12 @@ def _check_model(config: TrainConfig, manifest: Manifest) -> None:
 class _TwoLabels:
     """Of two rows, one without a history."""
 
+    def __init__(self, draws: int) -> None:
+        self.draws = torch.full((2, draws), 0.5)
+
     label = source_label = torch.tensor([1.0, 0.0])
-    source_before = torch.tensor([1, 0])
+    source_before, source_item = torch.tensor([[1, 0], [2, 2]])
+    candidates = dict.fromkeys(feature_names.DOMAINS, Candidates(torch.tensor([2, 3]), torch.zeros(2)))
     histories = dict.fromkeys(feature_names.DOMAINS, History(*torch.tensor([[2, 3], [2, 2], [1, 0], [2, 0]])))
 
 
@@ -170,15 +208,26 @@ def check_dataset(config: TrainConfig, manifest: Manifest) -> None:
     workers = max(config.trainer.workers, 1)
     if workers > config.stream.lanes:
         raise UserError(f"trainer.workers={workers} but stream.lanes={config.stream.lanes}: a worker needs a lane")
-    if not manifest.examples("train"):
+    if config.recipe.target and not manifest.examples("train"):
         raise UserError(f"{config.data}: no training rows")
+    if config.recipe.pretrain and not manifest.examples(SEQUENCES[0]):
+        raise UserError(f"{config.data}: has no source sequences to pre-train on; prepare it with sequences=50")
 
 
 def most_steps(config: TrainConfig, manifest: Manifest) -> int:
     """Lower updates of a run that is not stopped early."""
-    epochs = max(phase.epochs or config.trainer.epochs for phase in config.recipe.phases)
-    steps = epochs * -(-manifest.examples("train") // (config.batch.size // _group(config, manifest)))
+    steps = 0
+    for phase in config.recipe.phases:
+        if _pretrains(phase):
+            of_epoch = -(-manifest.examples(SEQUENCES[0]) // (config.batch.sequences or config.batch.size))
+        else:
+            of_epoch = -(-manifest.examples("train") // (config.batch.size // _group(config, manifest)))
+        steps += (phase.epochs or config.trainer.epochs) * of_epoch
     return min(steps, config.trainer.max_steps or steps)
+
+
+def _pretrains(phase: PhaseConfig) -> bool:
+    return any(str(spec.update.get("_target_", "")).endswith(".NextItem") for spec in phase.cycle if spec.update)
 
 
 def _group(config: TrainConfig, manifest: Manifest) -> int:

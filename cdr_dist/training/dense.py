@@ -22,12 +22,14 @@ class DenseStep:
 
     Gradients, and a few numbers with them, are so summed over workers in one message, and stepped by one small call a
     module. Losses are divided by the global batch size, so sums are right. make: the optimiser of all parameters of
-    the module of a name, [n].
+    the module of a name, [n]. Parameters that require no gradient are left alone, and cost nothing.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], make: Optimiser) -> None:
-        parameters = {name: [p for _, p in sorted(module.named_parameters())] for name, module in modules.items()}
-        like = next(p for of in parameters.values() for p in of)
+        named = {name: sorted(module.named_parameters()) for name, module in modules.items()}
+        parameters = {name: [p for _, p in of if p.requires_grad] for name, of in named.items()}
+        parameters = {name: of for name, of in parameters.items() if of}
+        like = next(p for of in named.values() for _, p in of).detach()
         sizes = {name: sum(_room(p) for p in of) for name, of in parameters.items()}
         values = like.new_zeros(sum(sizes.values()))
         self._message = like.new_zeros(len(values) + NUMBERS)

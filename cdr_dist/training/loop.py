@@ -10,11 +10,12 @@ from typing import Any, Protocol
 
 import torch
 
+from cdr_dist.data.feed import Feed
 from cdr_dist.data.hashing import key
 from cdr_dist.embeddings.workers import max_over_workers
 from cdr_dist.errors import UserError
-from cdr_dist.training.checkpoint import Checkpoints, Progress
-from cdr_dist.training.evaluate import evaluate
+from cdr_dist.training.checkpoint import STREAMS, Checkpoints, Progress
+from cdr_dist.training.options import smaller_is_better
 from cdr_dist.training.replicas import compare_replicas
 from cdr_dist.training.session import Session
 
@@ -23,13 +24,15 @@ WARM_UP_STEPS = 20
 
 
 class Update(Protocol):
-    """One kind of update. `counts`: whether it is a step of the run; `passes`: backward passes of one.
+    """One kind of update. `counts`: whether it is a step of the run; `passes`: backward passes of one; `stream`: the
+    attribute of the session that its batches come from (of those that count).
 
-    `run` returns numbers equal on all workers.
+    `run` returns numbers equal on all workers. `evaluate` (of those that count) measures a split.
     """
 
     counts: bool
     passes: int
+    stream: str
     learned: bool
     needs_head: bool
 
@@ -37,14 +40,24 @@ class Update(Protocol):
 
     def run(self, stop_wanted: bool) -> dict[str, float]: ...
 
+    def evaluate(self, split: str, scores: str | None = None) -> dict[str, float]: ...
+
 
 @dataclass(frozen=True)
 class Phase:
-    """The cycle is flat: an update that comes n times stands n times."""
+    """The cycle is flat: an update that comes n times stands n times. metric: selects the best checkpoint; pretrained:
+    whether it starts from the best one of the phase before it."""
 
     name: str
     cycle: Sequence[Update]
     epochs: int
+    metric: str = "auc"
+    pretrained: bool = False
+
+    @property
+    def step(self) -> Update:
+        """The update that counts: its stream's epochs are the phase's, and it is what is evaluated."""
+        return next(update for update in self.cycle if update.counts)
 
 
 class Watcher(Protocol):
@@ -75,32 +88,68 @@ class Loop:
         self.seconds = self.rows = 0.0
         self.stopped = False
         self._saved_step = -1
-        for phase in phases:
-            for update in dict.fromkeys(phase.cycle):
-                update.bind(session)
+        self._enter(self.phase)
+
+    @property
+    def phase(self) -> Phase:
+        """The one that is under way, or was the last."""
+        return self._phases[self.progress.phase]
 
     @property
     def passes_a_step(self) -> int:
         """Backward passes of a lower update; those of all phases have as many."""
-        return next(update.passes for phase in self._phases for update in phase.cycle if update.counts)
+        return self.phase.step.passes
 
     def resume(self) -> int:
         """Continues from the newest complete checkpoint; the step it stands at."""
         newest = self._checkpoints.newest()
         if newest is not None:
+            if (phase := newest.progress().phase) != self.progress.phase:
+                self._enter(self._phases[phase])
             self.progress = self._checkpoints.load(newest)
-            self._session.lower.seek(self.progress.lower)
-            self._session.dev.seek(self.progress.dev)
+            self._seek()
             self._saved_step = self.progress.step
         return self.progress.step
 
     def run(self) -> None:
-        while self.progress.phase < len(self._phases) and not self.stopped:
-            self._run_phase(self._phases[self.progress.phase])
-            if not self.stopped:
-                self.progress.phase += 1
-                self.progress.position, self.progress.phase_done, self.progress.bad_validations = 0, False, 0
+        while True:
+            self._run_phase(self.phase)
+            if self.stopped or self.phase is self._phases[-1] or self._all_steps_made():
+                break
+            self._begin(self.progress.phase + 1)
         self._checkpoints.wait()
+
+    def _enter(self, phase: Phase) -> None:
+        self._session.train_with(phase.cycle)
+        for update in dict.fromkeys(phase.cycle):
+            update.bind(self._session)
+
+    def _begin(self, number: int) -> None:
+        """Goes on to the next phase; a checkpoint says so before its first step."""
+        p, phase = self.progress, self._phases[number]
+        if phase.pretrained:
+            self._checkpoints.wait()
+            self._checkpoints.load_parameters(self._checkpoints.of_step(p.best_step))
+        if not self._session.config.warm_start.statistics:
+            self._session.forget_statistics()
+        self._session.begin()
+        self.progress = Progress(
+            phase=number,
+            step=p.step,
+            upper_steps=p.upper_steps,
+            begun=p.step,
+            validated_step=p.validated_step,
+            data_checksum=p.data_checksum,
+            started=p.started,
+        )
+        self._enter(phase)
+        self._seek()
+        self._save()
+
+    def _seek(self) -> None:
+        for name in STREAMS:
+            if (feed := getattr(self._session, name)) is not None:
+                feed.seek(getattr(self.progress, name))
 
     def _run_phase(self, phase: Phase) -> None:
         p = self.progress
@@ -110,7 +159,7 @@ class Loop:
             seed_step(self._session.config.seed, self._session.rank, p.phase, p.step, p.position)
             start = time.perf_counter()
             values = update.run(self._stop_wanted())
-            self._keep_time(time.perf_counter() - start, update.counts)
+            self._keep_time(time.perf_counter() - start, update)
             p.position = (p.position + 1) % len(phase.cycle)
             if not update.counts:
                 if values:
@@ -136,8 +185,8 @@ class Loop:
             self._save()
 
     def _validate_if_due(self, phase: Phase) -> bool:
-        p, every = self.progress, self._session.config.evaluation.every or self._session.lower.steps_per_epoch
-        if p.step in (0, p.validated_step) or not (p.step % every == 0 or self._at_end(phase)):
+        p, every = self.progress, self._session.config.evaluation.every or self._feed(phase).steps_per_epoch
+        if p.step in (0, p.validated_step) or not ((p.step - p.begun) % every == 0 or self._at_end(phase)):
             return False
         self._validate(phase)
         self._save()
@@ -145,17 +194,17 @@ class Loop:
 
     def _validate(self, phase: Phase) -> None:
         p, options = self.progress, self._session.config.evaluation
-        values = evaluate(self._session, "valid")
-        if options.metric not in values:
-            raise UserError(f"evaluation.metric={options.metric}: not among {', '.join(sorted(values))}")
-        value = values[options.metric]
+        values = phase.step.evaluate("valid")
+        if phase.metric not in values:
+            raise UserError(f"evaluation.metric={phase.metric}: not among {', '.join(sorted(values))}")
+        value = values[phase.metric]
         if math.isnan(value):
             raise UserError(
-                f"evaluation.metric={options.metric} has no value on the validation rows of {self._session.folder}: "
+                f"evaluation.metric={phase.metric} has no value on the validation rows of {self._session.folder}: "
                 "are all of one label?"
             )
         p.validated_step = p.step
-        sign = -1 if options.smaller_is_better else 1
+        sign = -1 if smaller_is_better(phase.metric) else 1
         if math.isnan(p.best_value) or sign * value > sign * p.best_value:
             p.best_step, p.best_value, p.bad_validations = p.step, value, 0
         else:
@@ -164,20 +213,31 @@ class Loop:
         self._watcher.validated(p.step, phase.name, values)
 
     def _at_end(self, phase: Phase) -> bool:
+        return self._feed(phase).place.epoch >= phase.epochs or self._all_steps_made()
+
+    def _all_steps_made(self) -> bool:
         most = self._options.max_steps
-        return self._session.lower.place.epoch >= phase.epochs or (most > 0 and self.progress.step >= most)
+        return 0 < most <= self.progress.step
+
+    def _feed(self, phase: Phase) -> Feed:
+        feed: Feed = getattr(self._session, phase.step.stream)
+        return feed
 
     def _save(self) -> None:
         p, s = self.progress, self._session
-        p.lower, p.dev, p.passes = s.lower.place, s.dev.place, dict(s.passes)
+        for name in STREAMS:
+            if (feed := getattr(s, name)) is not None:
+                setattr(p, name, feed.place)
+        p.passes = dict(s.passes)
         self._checkpoints.save(p)
         self._saved_step = p.step
 
-    def _keep_time(self, seconds: float, counts: bool) -> None:
-        if self.progress.step >= WARM_UP_STEPS:
+    def _keep_time(self, seconds: float, update: Update) -> None:
+        if self.progress.step - self.progress.begun >= WARM_UP_STEPS:
             self.seconds += seconds
-            if counts:
-                self.rows += self._session.config.batch.size
+            if update.counts:
+                batch = self._session.config.batch
+                self.rows += (batch.sequences if update.stream == "sequences" else 0) or batch.size
 
     def _check_finite(self, phase: Phase, values: dict[str, float]) -> None:
         """The numbers are equal on all workers, so all of them stop together."""

@@ -12,6 +12,7 @@ from cdr_dist.data.batch import Batch
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
 from cdr_dist.profiling import span
 from cdr_dist.training.accumulation import Part, backward_in_parts
+from cdr_dist.training.evaluate import evaluate
 from cdr_dist.training.weighting import Weighting
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Lower:
     """Whether one such update is one step of the run."""
     passes = 1
     """Backward passes of one."""
+    stream = "lower"
     needs_head = False
 
     def __init__(self, weighting: Weighting) -> None:
@@ -44,7 +46,7 @@ class Lower:
         s = self._session
         batch = s.counted(s.lower.next().batch)
         with span("lower forward"):
-            rows = s.tables.rows(ids_by_table(batch.train, s.features))
+            rows = s.rows(ids_by_table(batch.train, s.features))
         if s.config.batch.accumulate > 1:
             _, target_loss, source_loss = self._in_parts(batch, rows)
         else:
@@ -56,6 +58,9 @@ class Lower:
         if self._weighted:
             found["source_loss"] = source_part
         return found | self.seen
+
+    def evaluate(self, split: str, scores: str | None = None) -> dict[str, float]:
+        return evaluate(self._session, split, scores)
 
     def _at_once(self, batch: Batch, rows: Mapping[str, Tensor]) -> list[Tensor]:
         embedded = rows_by_feature(rows, batch.train, self._session.features)

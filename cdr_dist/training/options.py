@@ -44,7 +44,15 @@ class PhaseConfig:
     name: str = "train"
     cycle: list[UpdateConfig] = field(default_factory=list)
     epochs: int = 0
-    """Of the lower stream; 0: trainer.epochs."""
+    """Of the stream that its steps are counted by; 0: trainer.epochs."""
+    metric: str = ""
+    """Selects its best checkpoint; empty: evaluation.metric."""
+    start: str = ""
+    """pretrained: from the best checkpoint of the phase before it, a first phase from that of warm_start.run."""
+
+    def __post_init__(self) -> None:
+        if self.start not in ("", "pretrained"):
+            raise UserError(f"phase {self.name}: start={self.start}: write pretrained, or leave it out")
 
 
 @dataclass
@@ -53,7 +61,13 @@ class RecipeConfig:
 
     name: str = ""
     source: bool = True
-    """False: the single-domain variant of the backbone (-S), without source features."""
+    """False: the single-domain variant of the backbone (-S), without source features; nextitnet's: no source loss."""
+    pretrain: bool = False
+    """Whether a phase pre-trains on source sequences."""
+    target: bool = True
+    """False: no phase reads target rows, so the model needs no target table."""
+    transfer: Any = None
+    """What becomes of a pre-trained encoder (cdr_dist/transfer), as a `_target_`; null: all of it is trained."""
     phases: list[PhaseConfig] = field(default_factory=list)
 
 
@@ -65,10 +79,13 @@ class BatchConfig(BatchOptions):
     """Target rows of the global batch, negatives included."""
     accumulate: int = 1
     """Parts that a worker computes its rows of a lower step in, one after another: the same step in less memory."""
+    sequences: int = 0
+    """Sequences of the global batch in pre-training; 0: as many as `size`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("batch", self, 1, "size", "accumulate")
+        at_least("batch", self, 0, "sequences")
 
 
 @dataclass
@@ -187,9 +204,9 @@ class EvaluationOptions:
         at_least("evaluation", self, 0, "every", "patience")
         at_least("evaluation", self, 1, "batch_size")
 
-    @property
-    def smaller_is_better(self) -> bool:
-        return self.metric == "logloss"
+
+def smaller_is_better(metric: str) -> bool:
+    return metric in ("logloss", "nll")
 
 
 @dataclass

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cdr_dist.bilevel.optimiser import AdaGradNorm
 from cdr_dist.bilevel.perceptron import BehaviouralPerceptron
 from cdr_dist.configuration import TrainConfig
 from cdr_dist.data import storage
-from cdr_dist.data.batch import Batch, BatchBuilder
-from cdr_dist.data.dataset import read_manifest
+from cdr_dist.data.batch import Batch, BatchBuilder, Draws
+from cdr_dist.data.dataset import SEQUENCES, read_manifest
 from cdr_dist.data.feature_names import DOMAINS
 from cdr_dist.data.feed import Feed
 from cdr_dist.data.hold_out import HoldOut, Split
@@ -28,9 +28,10 @@ from cdr_dist.embeddings.initialisation import initialise_dense
 from cdr_dist.embeddings.tables import ShardedTables
 from cdr_dist.embeddings.workers import rank, sum_over_workers, world_size
 from cdr_dist.errors import UserError
-from cdr_dist.training.checks import WEIGHED, build_model, check_dataset, check_weighable, table_specs
+from cdr_dist.training.checks import WEIGHED, build_model, check_dataset, check_weighable, table_specs, trained_by
 from cdr_dist.training.dense import DenseStep
 
+TRAINED_SEQUENCES = SEQUENCES[0]
 _UPPER: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adagrad_norm": AdaGradNorm}
 
 
@@ -51,11 +52,23 @@ class Session:
         if learned:
             check_weighable(config, self.model)
         initialise_dense(self.model, config.seed)
-        self.features = self.model.spec().features
+        spec = self.model.spec()
+        self.features = {**spec.features, **spec.sequences}
         specs = table_specs(config, self.manifest, self.model)
         self.tables = ShardedTables(specs, config.tables, config.seed, self.device, memory)
-        read = {*self.features, *(WEIGHED if config.recipe.source else ())}  # those that weigh may ask for a category
-        self.builder = BatchBuilder(folder, self.manifest, config.batch, config.seed, read, DOMAINS if learned else ())
+        read = {*spec.features, *(WEIGHED if config.recipe.source else ())}  # those that weigh may ask for a category
+        draws = Draws(getattr(self.model, "draws", 0), getattr(self.model, "fixed_draws", False))
+        self.builder = BatchBuilder(
+            folder,
+            self.manifest,
+            config.batch,
+            config.seed,
+            read,
+            DOMAINS if learned else (),
+            config.softmax,
+            spec.sequences,
+            draws,
+        )
         upper = config.upper
         self.split = Split(config.seed, upper.split) if learned and upper.dev == "split" else None
         self.hold_out: HoldOut | Split | None = self.split
@@ -64,14 +77,59 @@ class Session:
         self.perceptron = self._perceptron() if learned else None
         extra = needs_head and config.upper.dev_head == "extra"
         self.dev_head = self._dense(nn.Linear(self.model.target_feature_width, 1), "dev_head") if extra else None
-        trained = {"model": self.model} | ({"dev_head": self.dev_head} if self.dev_head is not None else {})
-        self.dense_step = DenseStep(trained, self._optimiser)
-        self.optimisers = dict(self.dense_step.optimisers)
-        if self.perceptron is not None:
-            self.optimisers["perceptron"] = self._upper_optimiser(self.perceptron)
+        self._upper = {} if self.perceptron is None else {"perceptron": self._upper_optimiser(self.perceptron)}
+        self.frozen: set[str] = set()
+        """Tables that the updates of the present phase only read."""
+        self.train_with(updates)
         self.lower = self.training_feed("lower", config.batch.size)
         self.dev = self.dev_feed()
+        self.sequences = self._sequence_feed() if spec.sequences else None
         self.passes = {"lower": 0, "head": 0, "upper": 0}
+
+    def train_with(self, updates: Sequence[Any]) -> None:
+        """Optimisers for what these updates train, without any past; all else is only read."""
+        names, tables = trained_by(self.model, updates)
+        for name, parameter in self.model.named_parameters():
+            parameter.grad = None
+            parameter.requires_grad_(name in names)
+        self.frozen = set(self.tables.specs) - tables
+        trained = {"model": self.model} | ({"dev_head": self.dev_head} if self.dev_head is not None else {})
+        self.dense_step = DenseStep(trained, self._optimiser)
+        self.optimisers = self.dense_step.optimisers | self._upper
+
+    def rows(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As `ShardedTables.rows`, of the tables that the present phase trains; the others are only read."""
+        if not self.frozen.intersection(ids):
+            return self.tables.rows(ids)
+        trained = {table: of for table, of in ids.items() if table not in self.frozen}
+        read = {table: of for table, of in ids.items() if table in self.frozen}
+        return {**(self.tables.rows(trained) if trained else {}), **self.tables.read(read)}
+
+    def begin(self) -> None:
+        """A phase's first parameters are in place: what is added to a pre-trained model may start from them."""
+        if hasattr(self.model, "begin"):
+            self.model.begin()
+
+    def forget_statistics(self) -> None:
+        """The fused optimisers' past."""
+        for states in self.tables.optimiser_shards().values():
+            for state in states:
+                state.zero_()
+        self.tables.updates = 0
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that steps waited for their batches."""
+        return self.lower.waited_s + (self.sequences.waited_s if self.sequences is not None else 0.0)
+
+    def _sequence_feed(self) -> Feed:
+        size = self.config.batch.sequences or self.config.batch.size
+        columns = self.builder.columns(TRAINED_SEQUENCES)
+        reader = ShardReader(self.folder, self.manifest, TRAINED_SEQUENCES, columns, replicas=self.replicas)
+        stream = Stream(
+            reader, size, self.config.stream, self.config.seed, "sequences", rank=self.rank, workers=self.workers
+        )
+        return Feed(stream, self._build_sequences)
 
     def dev_feed(self) -> Feed:
         """The train split in another order; with upper.dev=split, of the dev set alone."""
@@ -101,7 +159,8 @@ class Session:
 
         more: columns besides those that a batch needs.
         """
-        stored = 1 + (self.manifest.eval_negatives if self.manifest.label == "sampled" else 0)
+        sampled = self.manifest.label == "sampled" and split not in SEQUENCES
+        stored = 1 + (self.manifest.eval_negatives if sampled else 0)
         lanes = self.config.stream.lanes
         rows = lanes * max(1, self.config.evaluation.batch_size // stored)
         columns = [*self.builder.columns(split), *more]
@@ -129,12 +188,17 @@ class Session:
     def close(self) -> None:
         self.lower.close()
         self.dev.close()
+        if self.sequences is not None:
+            self.sequences.close()
 
     def _build(self, block: Block) -> list[Batch]:
         return [b.to(self.device) for b in self.builder.train_steps(block, self.hold_out)]
 
     def _build_dev(self, split: Split, block: Block) -> list[Batch]:
         return [b.to(self.device) for b in self.builder.dev_steps(block, split)]
+
+    def _build_sequences(self, block: Block) -> list[Batch]:
+        return [b.to(self.device) for b in self.builder.sequence_steps(block)]
 
     def _perceptron(self) -> BehaviouralPerceptron:
         options = self.config.perceptron

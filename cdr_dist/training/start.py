@@ -11,8 +11,10 @@ from cdr_dist.configuration import TrainConfig
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import Manifest, read_manifest
 from cdr_dist.data.demo import dataset_of
+from cdr_dist.data.feature_names import vocabulary_of
 from cdr_dist.errors import UserError
 from cdr_dist.training.checkpoint import best_step
+from cdr_dist.training.checks import build_model
 from cdr_dist.training.run_folder import RunFolder
 from cdr_dist.training.start_vectors import check_start_files
 
@@ -20,6 +22,12 @@ from cdr_dist.training.start_vectors import check_start_files
 def check_start(config: TrainConfig, folder: str, manifest: Manifest) -> None:
     """UserError: a file or an earlier run that is not there or does not fit."""
     check_start_files(config, manifest)
+    first = config.recipe.phases[0]
+    if first.start == "pretrained" and not config.warm_start.run:
+        raise UserError(
+            f"recipe={config.recipe.name}: fine-tunes a pre-trained run; name it, warm_start.run=FOLDER "
+            "(python jobs/train.py recipe=pretrain model=nextitnet makes one)"
+        )
     if config.warm_start.run:
         check_fits(RunFolder(config.warm_start.run), config, folder, manifest)
 
@@ -28,11 +36,8 @@ def check_fits(place: RunFolder, config: TrainConfig, folder: str, manifest: Man
     """UserError: the earlier run is of another model, or its dataset gave an id to another key."""
     before = place.config()
     best_step(place)
-    for what, old, new in (
-        ("model", before.model, config.model),
-        ("tables.width", before.tables.width, config.tables.width),
-        ("the recipe's source", before.recipe.source, config.recipe.source),
-    ):
+    model = build_model(config)
+    for what, old, new in _to_agree(before, config, model):
         if old != new:
             raise UserError(f"{place.uri}: does not fit: {what} is {_shown(old)} there, {_shown(new)} here")
     earlier_folder = dataset_of(before.data)
@@ -43,8 +48,30 @@ def check_fits(place: RunFolder, config: TrainConfig, folder: str, manifest: Man
     except UserError as error:
         raise UserError(f"{place.uri}: nobody can tell what its rows stand for: {error}") from error
     if earlier.checksum != manifest.checksum:
-        for name in (name for name in earlier.vocab if name in manifest.vocab):
+        shared = {*earlier.vocab} & {*manifest.vocab}
+        if hasattr(model, "architecture"):
+            shared &= vocabularies_of(build_model(before)) & vocabularies_of(model)
+        for name in sorted(shared):
             _check_ids(name, earlier_folder, earlier, folder, manifest)
+
+
+def _to_agree(before: TrainConfig, config: TrainConfig, model: Any) -> list[tuple[str, Any, Any]]:
+    """What the two runs must have in common: the whole model, or what it says its architecture is."""
+    width = ("tables.width", before.tables.width, config.tables.width)
+    if not hasattr(model, "architecture"):
+        recipe = ("the recipe's source", before.recipe.source, config.recipe.source)
+        return [("model", before.model, config.model), width, recipe]
+    target = ("model", before.model["_target_"], config.model["_target_"])
+    if target[1] != target[2]:
+        return [target]
+    old, new = build_model(before).architecture(), model.architecture()
+    return [width, *((f"model.{name}", old[name], new[name]) for name in new)]
+
+
+def vocabularies_of(model: Any) -> set[str]:
+    """Those whose ids a model's tables take."""
+    spec = model.spec()
+    return {vocabulary_of(feature) for feature in (*spec.features, *spec.sequences)}
 
 
 def _shown(value: Any) -> str:

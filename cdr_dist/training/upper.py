@@ -80,7 +80,7 @@ class Upper:
         if draws == 1:
             return s.counted(fed.batch)
         rows = fed.batch.global_rows // s.builder.expansion
-        return s.counted(s.builder.train(fed.stored, fed.place.epoch, rows, s.hold_out, draws).to(s.device))
+        return s.counted(s.builder.train(fed.stored, fed.place, rows, s.hold_out, draws).to(s.device))
 
     def _dev_batch(self) -> Batch:
         s = self._session

@@ -19,6 +19,7 @@ from cdr_dist.data.demo import dataset_of
 from cdr_dist.data.feature_names import DOMAINS, vocabulary_of
 from cdr_dist.embeddings.workers import sum_over_workers
 from cdr_dist.training.checkpoint import Checkpoints, best_step
+from cdr_dist.training.checks import build_model
 from cdr_dist.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def warm_start(session: Session, place: RunFolder, new_rows: str = "mean", stati
     `start.check_fits` holds. UserError: a damaged checkpoint.
     """
     before = place.config()
-    earlier = read_manifest(dataset_of(before.data))
+    earlier, tables = read_manifest(dataset_of(before.data)), set(build_model(before).spec().tables)
     checkpoints = Checkpoints(place.checkpoints, session, before.trainer.keep)
     try:
         checkpoints.load_grown(checkpoints.of_step(best_step(place)), statistics)
@@ -41,6 +42,8 @@ def warm_start(session: Session, place: RunFolder, new_rows: str = "mean", stati
         checkpoints.close()
     known = {}
     for table, vocabularies in _vocabularies(session).items():
+        if table not in tables:
+            continue
         known[table] = max(earlier.rows.get(name, FIRST_ID) for name in vocabularies)
         if new_rows == "mean" and len(vocabularies) == 1:
             _fill_with_means(session, table, next(iter(vocabularies)), known[table])

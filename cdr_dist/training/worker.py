@@ -22,7 +22,6 @@ from cdr_dist.training import lease
 from cdr_dist.training.checkpoint import Checkpoints
 from cdr_dist.training.checks import build_updates
 from cdr_dist.training.digest import parameters_sha256
-from cdr_dist.training.evaluate import evaluate
 from cdr_dist.training.full_ranking import full_ranking
 from cdr_dist.training.learned_weights import against_truth, learned_weights
 from cdr_dist.training.loop import Loop, Phase
@@ -67,9 +66,11 @@ def work(config: TrainConfig, folder: str, run: str, token: str = "") -> dict[st
         step = loop.resume()
         if session.rank == 0:
             place.forget_after(step or -1)
-        if step == 0 and (started := _start(session)):
-            loop.progress.started = started
-            watcher.started(started)
+        if step == 0:
+            if started := _start(session):
+                loop.progress.started = started
+                watcher.started(started)
+            session.begin()
         loop.run()
         if loop.stopped:
             return STOPPED
@@ -95,7 +96,13 @@ def _start(session: Session) -> dict[str, int]:
 def phases_of(config: TrainConfig) -> list[Phase]:
     """The recipe's phases with their updates built and their cycles written out."""
     return [
-        Phase(phase.name, cycle, phase.epochs or config.trainer.epochs)
+        Phase(
+            phase.name,
+            cycle,
+            phase.epochs or config.trainer.epochs,
+            phase.metric or config.evaluation.metric,
+            phase.start == "pretrained",
+        )
         for phase, cycle in zip(config.recipe.phases, build_updates(config), strict=True)
     ]
 
@@ -130,12 +137,13 @@ def _summary(
     config: TrainConfig, session: Session, loop: Loop, checkpoints: Checkpoints, place: RunFolder
 ) -> dict[str, Any] | None:
     """What summary.json holds; the metrics are those of the best checkpoint, the digest that of the last state."""
-    p, manifest = loop.progress, session.manifest
+    p, manifest, last = loop.progress, session.manifest, loop.phase.step
     digest = parameters_sha256(session)
     checkpoints.load_parameters(checkpoints.of_step(p.best_step))
-    metrics = {"valid": evaluate(session, "valid"), "test": evaluate(session, "test", place.file(SCORES))}
-    for split, values in metrics.items():
-        values |= full_ranking(session, split, config.evaluation.full_ks)
+    metrics = {"valid": last.evaluate("valid"), "test": last.evaluate("test", place.file(SCORES))}
+    if last.stream == "lower":
+        for split, values in metrics.items():
+            values |= full_ranking(session, split, config.evaluation.full_ks)
     passes = dict(session.passes)
     weights = learned_weights(session) if session.perceptron is not None else None
     predicted = p.step * loop.passes_a_step + p.upper_steps * config.hypergradient.passes
@@ -153,11 +161,11 @@ def _summary(
         },
         "steps": p.step,
         "upper_steps": p.upper_steps,
-        "best": {"step": p.best_step, "metric": config.evaluation.metric, "value": p.best_value},
+        "best": {"step": p.best_step, "metric": loop.phase.metric, "value": p.best_value},
         "metrics": metrics,
         "throughput": {
             "examples_per_s": round(loop.rows / loop.seconds, 1) if loop.seconds else None,
-            "stall_share": round(session.lower.waited_s / loop.seconds, 4) if loop.seconds else None,
+            "stall_share": round(session.waited_s / loop.seconds, 4) if loop.seconds else None,
             "train_s": round(loop.seconds, 2),
             "checkpoint_stall_s": round(checkpoints.stalled_s, 3),
             "replica_fallbacks": session.replica_fallbacks(),
