@@ -19,7 +19,7 @@ import torch
 from cdr_dist import crash_points
 from cdr_dist.crash_points import EFFECTS
 from cdr_dist.data import forgotten, storage
-from cdr_dist.data.dataset import FOLDERS, SPLITS, read_manifest
+from cdr_dist.data.dataset import SPLITS, read_manifest
 from cdr_dist.data.feed import Feed
 from cdr_dist.data.options import StreamOptions
 from cdr_dist.data.prepare import prepare
@@ -149,7 +149,7 @@ def files(folder):
 
 def test_nothing_of_a_person_remains_and_everything_else_does(world, capsys):
     data, run, top = world / "data", world / "run", world / "top"
-    before, number = {part: rows(data, part) for part in FOLDERS}, id_of(data, KEY)
+    before, number = {part: rows(data, part) for part in (*SPLITS, "users")}, id_of(data, KEY)
     of_before, checksum = tensors(run), read_manifest(str(data)).checksum
     served = pl.read_parquet(top / "part-*.parquet")
     weighed, scored = pl.read_parquet(run / "all.parquet"), pl.read_parquet(run / "scores_test.parquet")
@@ -169,8 +169,8 @@ def test_nothing_of_a_person_remains_and_everything_else_does(world, capsys):
         gone = pl.col("user_id") == KEY if part == "users" else pl.col("user") == number
         assert rows(data, part).equals(old.filter(~gone))
         assert manifest.examples(part) == len(old.filter(~gone)) < len(old)
-    assert {path.name for part in FOLDERS for path in (data / part).iterdir()} == {
-        Path(shard.path).name for part in FOLDERS for shard in manifest.shards[part]
+    assert {path.name for part in (*SPLITS, "users") for path in (data / part).iterdir()} == {
+        Path(shard.path).name for part in (*SPLITS, "users") for shard in manifest.shards[part]
     }, "no file of before is left"
 
     assert pl.read_parquet(run / "all.parquet").equals(weighed.filter(pl.col("user") != KEY))

@@ -258,3 +258,13 @@ def test_a_bad_option(word, said):
     assert str(error.value) == said
     with pytest.raises(UserError, match="out= is missing"):
         options_from_words([])
+
+
+def test_items_are_counted_as_prepare_counts_them():
+    folder, rows = everything()
+    liked = rows.filter((pl.col("split") == "train") & (pl.col("label") > 0))["item"].value_counts()
+    vocabulary = pl.read_parquet(folder / "vocab/target_item.parquet")
+    found = dict(vocabulary.filter(pl.col("count") > 0).select("id", "count").iter_rows())
+    assert found == dict(liked.iter_rows())
+    source = pl.read_parquet(folder / "vocab/source_item.parquet")["count"].sum()
+    assert 0 < source < read_manifest(str(folder)).counts["source_behaviours"]

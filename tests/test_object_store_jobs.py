@@ -13,7 +13,7 @@ import time
 import pytest
 
 from cdr_dist.data import retries, storage
-from cdr_dist.data.dataset import FOLDERS, SPLITS, read_manifest
+from cdr_dist.data.dataset import SPLITS, read_manifest
 from cdr_dist.data.prepare import options_from_words, prepare
 from cdr_dist.data.prepare_job import prepare_job
 from cdr_dist.data.shards import verify
@@ -52,7 +52,7 @@ def test_prepare_and_train_through_faults_give_the_bits_of_a_local_run(store, s3
         s.sha256 for split in SPLITS for s in local.shards[split]
     ]
     assert storage.names(s3) == ["dataset", "logs"]
-    assert storage.names(out) == ["manifest.json", *sorted([*FOLDERS, "vocab"])]
+    assert storage.names(out) == ["manifest.json", *sorted([*SPLITS, "users", "vocab"])]
     assert prepare(options_from_words([*given, *QUICK_WORDS])) == read_manifest(out) == manifest
     train(words(out, tmp_path / "run", *RECIPE, *QUICK_WORDS))
     assert summary(tmp_path / "run")["parameters_sha256"] == undisturbed["parameters_sha256"]

@@ -230,10 +230,10 @@ def test_vocabulary_of_training_makes_the_rest_unknown_and_says_how_much(tmp_pat
     assert list(keys_of(options.out, "source_item").values())[2:] == ["early"]
     assert list(keys_of(options.out, "user").values())[2:] == ["a"]
     assert {(r["user"], r["item"], r["category"]) for r in rows_of(options.out, "test")} == {(2, 1, 1), (1, 1, 1)}
-    assert manifest.unknown == {"train": 0.0, "valid": 0.0, "test": 1.0}
+    assert manifest.unknown == {"train": 0.0, "valid": 0.0, "test": 1.0, "source_history": 1 / 3, "sequences": 0.0}
     assert manifest.unseen == {"valid": {"user": 0.0, "item": 0.0}, "test": {"user": 0.5, "item": 1.0}}
     _, whole = run(tmp_path / "all", source, target, vocab="all", **times)
-    assert whole.unknown == {"train": 0.0, "valid": 0.0, "test": 0.0}
+    assert set(whole.unknown.values()) == {0.0}
     assert whole.unseen == manifest.unseen
 
 
@@ -438,3 +438,14 @@ def test_amazon_beauty_and_sports_have_the_known_counts(tmp_path: Path) -> None:
         "test_positives": 1625,
     }
     assert [manifest.examples(split) for split in SPLITS] == [14_516, 1625, 1625]
+
+
+def test_items_are_counted_by_training_positives_and_by_all_positives_of_the_source(tmp_path: Path) -> None:
+    source = [("u", "s", 1, 5.0), ("u", "s", 2, 5.0), ("u", "s", 99, 5.0), ("u", "r", 3, 1.0), ("v", "s", 1, 5.0)]
+    target = [("u", item, time, rating) for item, time, rating in (("x", 1, 5.0), ("x", 2, 1.0), ("y", 3, 5.0))]
+    options, _ = run(tmp_path, source, [*target, ("u", "x", 4, 5.0)])
+    counts = {}
+    for role in ("source", "target"):
+        rows = pq.read_table(f"{options.out}/vocab/{role}_item.parquet").to_pylist()
+        counts[role] = {row["key"]: row["count"] for row in rows}
+    assert counts == {"source": {"s": 3, "r": 0}, "target": {"x": 1, "y": 0}}

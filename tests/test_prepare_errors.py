@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 
 from cdr_dist.data import prepare as prepare_module
-from cdr_dist.data.dataset import FOLDERS
+from cdr_dist.data.dataset import SPLITS
 from cdr_dist.data.prepare import options_from_words, prepare
 from cdr_dist.data.prepare_options import describe_options
 from cdr_dist.errors import UserError
@@ -213,7 +213,10 @@ def test_an_output_folder_that_cannot_be_made_is_named(folder: Path) -> None:
 def test_an_empty_output_folder_is_used(folder: Path) -> None:
     Path("out").mkdir()
     prepare(options_from_words([*WORDS[:2], "out=out/"]))
-    assert sorted(path.name for path in Path("out").iterdir()) == ["manifest.json", *sorted([*FOLDERS, "vocab"])]
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "manifest.json",
+        *sorted([*SPLITS, "users", "vocab"]),
+    ]
 
 
 def test_a_dataset_of_other_options_is_refused_and_kept(folder: Path) -> None:

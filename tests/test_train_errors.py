@@ -188,10 +188,10 @@ DAMAGE = {
     "cut manifest": (manifest_of(b'{"schema": 2, "sh'), "manifest.json: damaged manifest"),
     "manifest of bytes": (manifest_of(b"\xff\xfe\x00\x01"), "manifest.json: damaged manifest"),
     "manifest of another kind": (manifest_of(b'"hello"'), "manifest.json: damaged manifest"),
-    "another schema": (lambda f: edited(f, schema=7), "manifest.json: schema version 7, this program reads 5"),
+    "another schema": (lambda f: edited(f, schema=7), "manifest.json: schema version 7, this program reads 6"),
     "an older schema": (
         lambda f: edited(f, schema=1),
-        "schema version 1, this program reads 5; prepare the dataset again, into an empty folder",
+        "schema version 1, this program reads 6; prepare the dataset again, into an empty folder",
     ),
     "edited label": (changed(label="sampledx"), EDITED),
     "edited rows": (changed(rows={"user": 7}), EDITED),

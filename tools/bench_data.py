@@ -16,6 +16,7 @@ from cdr_dist.data import storage
 from cdr_dist.data.dataset import (
     EXAMPLE_SCHEMA,
     FIRST_ID,
+    FOLDERS,
     ITEM_VOCAB_SCHEMA,
     PARQUET,
     POSITIVES,
@@ -62,6 +63,7 @@ def random_dataset(folder: Path, shape: Shape) -> str:
         columns = {"id": ids, "key": ids.cast(pa.string())}
         if name.endswith("_item"):
             columns["category"] = pa.array(category[name.removesuffix("_item")][FIRST_ID:])
+            columns["count"] = pa.array(np.ones(size, dtype=np.int64))
             vocab[name] = _write(folder, f"vocab/{name}.parquet", pa.table(columns, schema=ITEM_VOCAB_SCHEMA))
         else:
             vocab[name] = _write(folder, f"vocab/{name}.parquet", pa.table(columns, schema=VOCAB_SCHEMA))
@@ -80,7 +82,7 @@ def random_dataset(folder: Path, shape: Shape) -> str:
         counts=counts | {"source_behaviours": 0, "target_behaviours": shape.rows} | dict.fromkeys(POSITIVES, 1),
         unseen={split: {"user": 0.0, "item": 0.0} for split in SPLITS[1:]},
         unknown=dict.fromkeys(SPLITS, 0.0),
-        shards=shards | {"users": []},
+        shards=shards | {name: [] for name in FOLDERS[len(SPLITS) :]},
         vocab=vocab,
     )
     (folder / "manifest.json").write_text(manifest.to_json())

@@ -4,6 +4,7 @@
     OUT/vocab/{user,source_item,target_item,source_category,target_category}.parquet, {source,target}_COLUMN.parquet
     OUT/{train,valid,test}/part-00000.parquet …
     OUT/users/part-00000.parquet …                  every user as of the end of the logs: whom to recommend to
+    OUT/sequences_{train,valid,test}/part-00000.parquet …   every source user's behaviours, to pre-train on (sequences=)
     OUT/forgotten.json                              whom jobs/forget.py has removed, if anybody
 
 Row ids are vocabulary ids: 0 is padding, 1 is unknown, real keys start at 2. `source` and `target` are roles, so
@@ -23,14 +24,17 @@ import pyarrow as pa
 from cdr_dist.data import storage
 from cdr_dist.errors import UserError
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 PADDING, UNKNOWN, FIRST_ID = 0, 1, 2
 SPLITS = ("train", "valid", "test")
 USERS = "users"
-FOLDERS = (*SPLITS, USERS)
+SEQUENCES = tuple(f"sequences_{split}" for split in SPLITS)
+FOLDERS = (*SPLITS, USERS, *SEQUENCES)
 """Entries of `shards`."""
 POSITIVES = tuple(f"{split}_positives" for split in SPLITS)
 """Entries of `counts`: rows with label 1."""
+UNKNOWN_SOURCE = ("source_history", "sequences")
+"""Entries of `unknown` beside the splits."""
 VOCABULARIES = ("user", "source_item", "target_item", "source_category", "target_category")
 ROW_GROUP_ROWS = 20_000
 
@@ -90,7 +94,18 @@ USER_SCHEMA = pa.schema(
         ("seen_item", _ids),  # all that the user has had to do with in the target domain, ascending
     ]
 )
-SCHEMAS = {split: EXAMPLE_SCHEMA for split in SPLITS} | {USERS: USER_SCHEMA}
+# A window of a source user's positive behaviours; two that follow one another share an item, so that every step from
+# one item to the next is in one window.
+SEQUENCE_SCHEMA = pa.schema(
+    pa.field(name, of, nullable=False)
+    for name, of in [
+        ("example_id", pa.int64()),  # a hash of the user's key and the number of the window
+        ("user", pa.int32()),  # unknown: a user without examples
+        ("source_history_item", _ids),
+        ("source_history_first", pa.int32()),  # the user's positive source behaviours before the window
+    ]
+)
+SCHEMAS = dict.fromkeys(SPLITS, EXAMPLE_SCHEMA) | {USERS: USER_SCHEMA} | dict.fromkeys(SEQUENCES, SEQUENCE_SCHEMA)
 # Shuffled ids repeat too little for dictionaries: without them a shard is smaller and written twice as fast.
 PARQUET: dict[str, Any] = {
     "write_page_checksum": True,  # a bit that flips at rest is seen when its page is read
@@ -99,8 +114,12 @@ PARQUET: dict[str, Any] = {
 }
 
 VOCAB_SCHEMA = pa.schema([("id", pa.int32()), ("key", pa.string())])
-ITEM_VOCAB_SCHEMA = VOCAB_SCHEMA.append(pa.field("category", pa.int32()))
-"""And a list of value ids for each declared column."""
+ITEM_VOCAB_SCHEMA = VOCAB_SCHEMA.append(pa.field("category", pa.int32())).append(pa.field("count", pa.int64()))
+"""And a list of value ids for each declared column.
+
+count: how often a positive has the item; target: in train; source: in sequences_train, each behaviour once, or without
+sequences in the behaviours of all users with examples.
+"""
 
 
 @dataclass(frozen=True)
@@ -129,7 +148,9 @@ class Manifest:
     """users, {source,target}_{items,behaviours}, {source,target}_log_users (of the raw logs), {split}_positives: of the
     users with examples; cold_users: of those without that have a row in users/"""
     unseen: dict[str, dict[str, float]]  # valid|test -> user|item -> share of rows training never saw
-    unknown: dict[str, float]  # train|valid|test -> share of rows whose user or item id is unknown
+    unknown: dict[str, float]
+    """train|valid|test: share of rows whose user or item id is unknown. Share of positive source behaviours whose item
+    is: source_history, of users with examples; sequences, of all in sequences_{train,valid,test}"""
     shards: dict[str, list[Shard]]
     vocab: dict[str, Shard]
     sources: list[str] = field(default_factory=list)  # the source domains' names

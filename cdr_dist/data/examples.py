@@ -46,6 +46,8 @@ class Built:
     unknown: list[int]  # rows of each split whose user or item id is unknown
     unseen_user: list[int]  # rows of each split whose user has no training row
     unseen_item: list[int]  # rows of each split whose item is in no training row
+    source: list[int]  # positive source behaviours of users with examples, and in sequences
+    unknown_source: list[int]  # those of them whose item is unknown
 
 
 def build(task: Build) -> Built:
@@ -62,7 +64,11 @@ def build(task: Build) -> Built:
     bucket = task.buckets.of(np.full(users.num_rows, len(SPLITS)), users["example_id"].to_numpy())
     uri = storage.join(task.scratch, f"{task.partition.number:05d}-users.arrow")
     user_files = [spill.write(uri, users, bucket, task.buckets.total)]
-    return Built(files, user_files, *(np.bincount(examples.split[m], minlength=3).tolist() for m in examples.counted()))
+    masks = examples.counted()
+    rows, unknown, unseen_user, unseen_item = (np.bincount(examples.split[m], minlength=3).tolist() for m in masks)
+    history = examples.source.item[examples.source.label > 0]
+    source, unknown_source = [len(history), 0], [int((history == UNKNOWN).sum()), 0]
+    return Built(files, user_files, rows, unknown, unseen_user, unseen_item, source, unknown_source)
 
 
 @dataclass(frozen=True)

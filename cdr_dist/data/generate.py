@@ -24,7 +24,9 @@ from cdr_dist.data.dataset import (
     ITEM_VOCAB_SCHEMA,
     POSITIVES,
     ROW_GROUP_ROWS,
+    SEQUENCES,
     SPLITS,
+    UNKNOWN_SOURCE,
     USER_SCHEMA,
     USERS,
     VOCAB_SCHEMA,
@@ -40,9 +42,10 @@ from cdr_dist.data.tasks import run_tasks
 from cdr_dist.data.user_rows import user_rows
 from cdr_dist.errors import UserError
 
-GENERATOR = 2
+GENERATOR = 3
 """Goes up when the same options make another dataset."""
 BLOCK_USERS = 1 << 18
+COUNTED_USERS = 1 << 15
 VOCABULARY_GROUP = 1 << 20
 
 
@@ -98,8 +101,10 @@ def _write(options: GenerateOptions, folder: str) -> Manifest:
             name: {"user": 0.0, "item": sum(w.unseen_items for w in written[name]) / max(1, n)}
             for name, n in zip(SPLITS[1:], rows[1:], strict=True)
         },
-        unknown=dict.fromkeys(SPLITS, 0.0),
-        shards={name: [w.shard for w in found] for name, found in written.items()} | {USERS: of_users},
+        unknown=dict.fromkeys((*SPLITS, *UNKNOWN_SOURCE), 0.0),
+        shards={name: [w.shard for w in found] for name, found in written.items()}
+        | {USERS: of_users}
+        | {name: [] for name in SEQUENCES},
         vocab=dict(zip(VOCABULARIES, vocab, strict=True)),
         sources=["generated-source"],
         options=_recorded(options),
@@ -210,6 +215,19 @@ def write_users(task: tuple[GenerateOptions, str, int]) -> Shard:
     return write_groups(folder, f"{USERS}/part-{number:05d}.parquet", groups(), USER_SCHEMA)
 
 
+def _item_counts(options: GenerateOptions, role: str) -> Ints:
+    """Of every id of the role's items its positive behaviours, in the target those that train."""
+    users, found = Users(options), np.zeros(getattr(options, f"{role}_items") + FIRST_ID, dtype=np.int64)
+    for block in _blocks(options):
+        for some in np.array_split(block, -(-len(block) // COUNTED_USERS)):
+            of: Behaviours = getattr(users, role).behaviours(some)
+            counted = of.label > 0
+            if role == "target":
+                counted &= splits.split_of_behaviours(of, users.prepared) == splits.TRAIN
+            np.add.at(found, of.item[counted], 1)
+    return found
+
+
 def _keys(letter: str, numbers: Ints, of: int) -> pa.Array:
     """s0001, …"""
     digits = pc.utf8_lpad(pa.array(numbers).cast(pa.string()), len(str(of - 1)), "0")
@@ -221,6 +239,7 @@ def write_vocabulary(task: tuple[GenerateOptions, str, str]) -> Shard:
     options, folder, name = task
     role, _, part = name.partition("_")
     domain = getattr(Users(options), role) if part else None
+    counts = _item_counts(options, role) if part == "item" else None
     rows: int = options.users if domain is None else domain.items if part == "item" else domain.categories
     schema = ITEM_VOCAB_SCHEMA if part == "item" else VOCAB_SCHEMA
 
@@ -228,8 +247,9 @@ def write_vocabulary(task: tuple[GenerateOptions, str, str]) -> Shard:
         for first in range(0, rows, VOCABULARY_GROUP):
             number = np.arange(first, min(first + VOCABULARY_GROUP, rows))
             columns = {"id": pa.array((number + FIRST_ID).astype(np.int32)), "key": _keys(name[0], number, rows)}
-            if domain is not None and part == "item":
+            if domain is not None and counts is not None:
                 columns["category"] = pa.array(domain.category_ids(number).astype(np.int32))
+                columns["count"] = pa.array(counts[number + FIRST_ID])
             yield pa.table(columns, schema=schema)
 
     return write_groups(folder, f"vocab/{name}.parquet", groups(), schema)

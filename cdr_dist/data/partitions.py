@@ -108,8 +108,8 @@ def order(partition: Partition) -> PartitionCounts:
         "source": source,
         "target": target.with_columns(split=split),
         "users": users.with_columns(behaviours=target_rows.of_user, known=user_known),
-        "source_items": source_items.with_columns(known=_flag(source_rows.item[seen], source_items.height)),
-        "target_items": target_items.with_columns(known=_flag(target_rows.item[trains], target_items.height)),
+        "source_items": _with_counts(source_items, source_rows, seen, source_rows.label > 0),
+        "target_items": _with_counts(target_items, target_rows, trains, trains & (target_rows.label > 0)),
     }
     for name, rows in outputs.items():
         _spill(partition.file(name), rows)
@@ -155,10 +155,10 @@ def _ordered(rows: pl.DataFrame, users: pl.DataFrame) -> tuple[pl.DataFrame, pl.
     return rows.sort("user", "timestamp", maintain_order=True), items.drop("item")
 
 
-def _flag(numbers: np.ndarray, size: int) -> np.ndarray:
-    flags = np.zeros(size, dtype=bool)
-    flags[numbers] = True
-    return flags
+def _with_counts(items: pl.DataFrame, rows: Behaviours, known: np.ndarray, counted: np.ndarray) -> pl.DataFrame:
+    """known: whether an item is in a row of this mask; count: in how many of the other."""
+    in_known, count = (np.bincount(rows.item[mask], minlength=items.height) for mask in (known, counted))
+    return items.with_columns(known=in_known > 0, count=count)
 
 
 def behaviours(rows: pl.DataFrame, users: int) -> Behaviours:

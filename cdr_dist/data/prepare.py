@@ -25,7 +25,18 @@ import polars as pl
 
 from cdr_dist.crash_points import durable
 from cdr_dist.data import examples, forgotten, holder, interactions, partitions, shuffle, spill, storage, vocabularies
-from cdr_dist.data.dataset import FIRST_ID, FOLDERS, POSITIVES, SPLITS, USERS, Manifest, Shard, read_manifest
+from cdr_dist.data.dataset import (
+    FIRST_ID,
+    FOLDERS,
+    POSITIVES,
+    SEQUENCES,
+    SPLITS,
+    UNKNOWN_SOURCE,
+    USERS,
+    Manifest,
+    Shard,
+    read_manifest,
+)
 from cdr_dist.data.earlier import Numbered
 from cdr_dist.data.keys import keys_of_users
 from cdr_dist.data.partitions import Partition, PartitionCounts
@@ -263,7 +274,11 @@ def _builds(
         columns = of_role.items.select("item_id", "known", "id", "category_id")
         rows = columns.to_arrow(compat_level=pl.CompatLevel.oldest())
         item_ids[role] = spill.write_all(storage.join(work, "ids", f"{role}.arrow"), rows)
-    rows = [*_sum([c.splits for c in counted]), users.height + sum(c.cold_users for c in counted)]
+    rows = [
+        *_sum([c.splits for c in counted]),
+        users.height + sum(c.cold_users for c in counted),
+        *[0] * len(SEQUENCES),
+    ]
     buckets = shuffle.Buckets.for_rows(options.seed, rows, options.rows_per_shard)
     target_items, scratch = items["target"].known.height, storage.join(work, "examples")
     return [examples.Build(p, user_ids, cold_ids, item_ids, target_items, buckets, scratch) for p in parts], buckets
@@ -338,10 +353,16 @@ def _manifest(
             **dict(zip(POSITIVES, _sum([c.positives for c in counted]), strict=True)),
         },
         unseen={split: {"user": user[i], "item": item[i]} for i, split in enumerate(SPLITS) if split != "train"},
-        unknown=dict(zip(SPLITS, shares("unknown"), strict=True)),
+        unknown=dict(zip(SPLITS, shares("unknown"), strict=True)) | _unknown_source(built),
         shards=written,
         vocab=vocab,
         sources=[domain.name for domain in inputs.domains["source"]],
         features={role: list(options.features_of(role)) for role in inputs.domains},
         options=_recorded(options, inputs),
     )
+
+
+def _unknown_source(built: list[examples.Built]) -> dict[str, float]:
+    """Shares of positive source behaviours whose item is unknown: of users with examples, and in sequences."""
+    unknown, all_ = _sum([b.unknown_source for b in built]), _sum([b.source for b in built])
+    return {name: n / max(1, of) for name, n, of in zip(UNKNOWN_SOURCE, unknown, all_, strict=True)}

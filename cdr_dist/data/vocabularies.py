@@ -29,8 +29,8 @@ OTHERS = "others"
 class Items:
     """One domain's items, those of an earlier dataset included.
 
-    items: item_id, known (may training see it), category, id, category_id and a list of value ids for each declared
-    column; by item_id.
+    items: item_id, known (may training see it), count (of positives), category, id, category_id and a list of value ids
+    for each declared column; by item_id.
     """
 
     items: pl.DataFrame
@@ -86,7 +86,7 @@ def _with_earlier(items: pl.DataFrame, earlier: pl.DataFrame) -> pl.DataFrame:
     said = [column for column in earlier.columns if column != "item_id"]
     both = items.join(earlier, on="item_id", how="full", coalesce=True, suffix="_earlier")
     as_it_was = [pl.coalesce(column, f"{column}_earlier").alias(column) for column in said]
-    return both.select("item_id", pl.col("known").fill_null(False), *as_it_was)
+    return both.select("item_id", pl.col("known").fill_null(False), pl.col("count").fill_null(0), *as_it_was)
 
 
 def _others(options: PrepareOptions, domain: str) -> pl.Expr:
@@ -117,9 +117,9 @@ def _value_ids(lists: pl.Series, values: pl.DataFrame) -> pl.Series:
 
 
 def _merge_items(tables: list[pl.DataFrame]) -> pl.DataFrame:
-    empty = pl.DataFrame(schema={"item_id": pl.String, "category": pl.String, "known": pl.Boolean})
-    rows = pl.concat([empty, *tables])
-    return rows.group_by("item_id").agg(pl.col("category").min(), pl.col("known").any())
+    schema = {"item_id": pl.String, "category": pl.String, "known": pl.Boolean, "count": pl.Int64}
+    rows = pl.concat([pl.DataFrame(schema=schema), *tables])
+    return rows.group_by("item_id").agg(pl.col("category").min(), pl.col("known").any(), pl.col("count").sum())
 
 
 def merge_users(parts: Sequence[Partition], before: Numbered) -> pl.DataFrame:
@@ -168,7 +168,8 @@ def write_vocabulary(folder: str, name: str, rows: pl.DataFrame, key: str, featu
     rows = rows.sort("id")
     schema, columns = VOCAB_SCHEMA, {"id": rows["id"], "key": rows[key]}
     if key == "item_id":
-        columns |= {"category": rows["category_id"]} | {column: rows[column] for column in features}
+        columns |= {"category": rows["category_id"], "count": rows["count"]}
+        columns |= {column: rows[column] for column in features}
         schema = ITEM_VOCAB_SCHEMA
         for column in features:
             schema = schema.append(pa.field(column, pa.list_(pa.int32())))

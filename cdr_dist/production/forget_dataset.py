@@ -145,7 +145,9 @@ class _Scan:
         }
 
     def unknown(self) -> dict[str, float]:
-        return {split: self._unknown[split] / max(1, self._rows[split]) for split in self._manifest.unknown}
+        """Of source behaviours as it was."""
+        of_rows = {split: self._unknown[split] / max(1, self._rows[split]) for split in SPLITS}
+        return self._manifest.unknown | of_rows
 
     @property
     def nameless(self) -> int:
