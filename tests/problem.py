@@ -70,6 +70,7 @@ def part_of(batch, rank, workers):
         source_label=batch["source_label"][rows],
         source_valid=batch["source_valid"][rows],
         source_before=torch.zeros_like(batch["user"][rows]),
+        source_item=batch["source_item"][rows],
         weight=batch["weight"][rows],
         user=batch["user"][rows],
         example=torch.arange(size)[rows],

@@ -131,7 +131,7 @@ class BatchBuilder:
         self._sampled = manifest.label == "sampled"
         self._eval_negatives = manifest.eval_negatives
         self._items = {d: manifest.rows[f"{d}_item"] for d in DOMAINS}
-        domains = DOMAINS if self._source or "source" in self._histories else ("target",)
+        domains = DOMAINS if self._source or sequences or "source" in self._histories else ("target",)
         self.category_of = {d: item_categories(folder, manifest, d) for d in domains}
         self._values = {
             d: item_values(folder, manifest, d, sorted({column_of(f) for f in self._bags if f.startswith(d)}))

@@ -29,11 +29,10 @@ def train_job(words: list[str], check: bool = False) -> None:
     summary = train(config, dataset_of(config.data))
     if before == summary:
         print(f"{place.uri}: already finished ({summary['steps']} steps)", file=sys.stderr)
-    test = summary["metrics"]["test"]
-    print(
-        f"{summary['recipe']}: test AUC {test['auc']:.4f}, logloss {test['logloss']:.4f}, best step "
-        f"{summary['best']['step']} of {summary['steps']}; {place.uri}"
-    )
+    test, best = summary["metrics"]["test"], summary["best"]
+    shown = [name for name in dict.fromkeys([best["metric"], "auc", "logloss"]) if name in test]
+    values = ", ".join(f"{'AUC' if name == 'auc' else name} {test[name]:.4f}" for name in shown)
+    print(f"{summary['recipe']}: test {values}, best step {best['step']} of {summary['steps']}; {place.uri}")
 
 
 def check_run(config: TrainConfig) -> str:
