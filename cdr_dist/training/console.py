@@ -14,6 +14,10 @@ from cdr_dist.errors import UserError
 from cdr_dist.training.run_folder import RunFolder
 
 
+VALIDATION, LOSSES = ("auc", "gauc", "logloss", "nll"), ("target_loss", "source_loss", "nll")
+"""What is shown of a line of metrics.jsonl, where it has it."""
+
+
 class Console:
     """Follows metrics.jsonl in a thread: a progress bar on a terminal, plain lines elsewhere.
 
@@ -65,7 +69,7 @@ class Console:
             for table, rows in values.items():
                 self._say(step, f"{rows} rows of table {table} start from given vectors")
             return
-        keys = ("auc", "gauc", "logloss") if line["split"] == "valid" else ("target_loss", "source_loss")
+        keys = VALIDATION if line["split"] == "valid" else LOSSES
         text = "  ".join(f"{k} {values[k]:.4f}" for k in keys if values.get(k) is not None)
         if self._bar is not None:
             self._bar.n = step

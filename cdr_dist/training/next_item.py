@@ -30,7 +30,7 @@ class NextItem:
         self._session = session
 
     def run(self, stop_wanted: bool) -> dict[str, float]:
-        """One update -> `loss`, and `stop` > 0 where a worker was told to stop."""
+        """One update -> `loss` (also called nll, as in evaluation), and `stop` > 0 where a worker was told to stop."""
         s = self._session
         assert s.sequences is not None
         batch = s.sequences.next().batch
@@ -42,7 +42,7 @@ class NextItem:
             loss.backward()
         s.passes["lower"] += self.passes
         told, stop = s.dense_step([loss, torch.tensor(float(stop_wanted))])
-        return {"loss": told, "stop": stop}
+        return {"loss": told, "nll": told, "stop": stop}
 
     @torch.no_grad()
     def evaluate(self, split: str, scores: str | None = None) -> dict[str, float]:
