@@ -20,7 +20,7 @@ from cdr_dist.data.counts import counts_table
 from cdr_dist.data.dataset import EXAMPLE_SCHEMA, FOLDERS, SPLITS, Manifest, read_manifest
 from cdr_dist.data.prepare import PrepareOptions, options_from_words, prepare
 from cdr_dist.errors import UserError
-from tests.prepare_oracle import Row, expected_examples, expected_users
+from tests.prepare_oracle import Row, expected_examples, expected_sequences, expected_users
 
 SHARED = Path(os.environ.get("CDR_SHARED", Path(__file__).parents[1] / ".." / "shared"))
 AMAZON = SHARED / "data" / "amazon14"
@@ -68,7 +68,7 @@ def written_examples(out: str) -> dict[tuple[str, int], dict[str, Any]]:
     """As the oracle's: found by user and by the order of example_id within the user."""
     user, item, source_item = (keys_of(out, name) for name in ("user", "target_item", "source_item"))
     rows = sorted((row | {"split": s} for s in SPLITS for row in rows_of(out, s)), key=lambda r: r["example_id"])
-    assert [row["example_id"] for row in rows] == list(range(len(rows)))
+    assert len({row["example_id"] for row in rows}) == len(rows)
     seen: Counter[str] = Counter()
     found = {}
     for row in rows:
@@ -119,10 +119,28 @@ def written_users(out: str) -> dict[str, dict[str, Any]]:
     }
 
 
+def written_sequences(out: str, manifest: Manifest) -> dict[tuple[str, str], list[list[str]]]:
+    """As the oracle's."""
+    user, item = keys_of(out, "user"), keys_of(out, "source_item")
+    found: dict[tuple[str, str], list[list[str]]] = {}
+    ids: list[int] = []
+    for split in SPLITS:
+        rows = [
+            row for s in manifest.shards[f"sequences_{split}"] for row in pq.read_table(f"{out}/{s.path}").to_pylist()
+        ]
+        ids += [row["example_id"] for row in rows]
+        for row in rows:
+            items = [item[i] for i in row["source_history_item"]]
+            found.setdefault((user[row["user"]], split), []).append(items)
+    assert len(set(ids)) == len(ids)
+    assert min(ids, default=0) >= 0
+    return {of: sorted(windows) for of, windows in found.items()}
+
+
 logs = st.lists(
     st.tuples(
         st.sampled_from(["0012", "7806397051", "é", "a", "b"]),
-        st.sampled_from(["10", "9", "x", "y", "z"]),
+        st.sampled_from(["10", "9", "x", "y", "z", "w"]),
         st.integers(0, 12),
         st.sampled_from([1.0, 3.0, 3.5, 5.0]),
     ),
@@ -130,6 +148,7 @@ logs = st.lists(
 )
 SURE = [("a", "x", 3, 5.0), ("a", "y", 1, 4.0), ("a", "z", 9, 5.0)]  # so that no split is empty, and
 SURE += [(user, f"{user}'s", 0, 1.0) for user in "pq"]  # nobody has all items
+EARLY = [(user, "x", -1, 5.0) for user in "aappqq"]  # of the source, so that they have histories
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -137,24 +156,34 @@ SURE += [(user, f"{user}'s", 0, 1.0) for user in "pq"]  # nobody has all items
     source=logs,
     target=logs,
     labels=st.sampled_from(["rating", "sampled"]),
-    split=st.sampled_from(["leave_last", "time"]),
+    split=st.sampled_from(["leave_last", "time", "instance", "user"]),
     users=st.sampled_from(["both", "target"]),
     history=st.sampled_from(["past", "train"]),
     history_length=st.sampled_from([1, 3, 50]),
     partitions=st.sampled_from([1, 3]),
     cold_users=st.booleans(),
+    least_history=st.sampled_from([0, 1, 2]),
+    unknown_item=st.sampled_from(["", "w"]),
+    sequences=st.sampled_from([0, 2, 3, 50]),
 )
 def test_examples_and_users_equal_the_oracles(
     tmp_path_factory: pytest.TempPathFactory, source: list[Row], target: list[Row], **choices: Any
 ) -> None:
     folder = tmp_path_factory.mktemp("log")
-    source, target = source + SURE, target + SURE
+    source, target = EARLY + source + SURE, target + SURE
+    choices |= {"cold_users": choices["cold_users"] or choices["sequences"] > 0, "valid_share": 0.3, "test_share": 0.3}
     times = {"valid_from": 5, "test_from": 8} if choices["split"] == "time" else {}
     with pytest.MonkeyPatch.context() as patch:  # tables of a few rows, so that their seams are met
         patch.setattr(examples, "CHUNK_BYTES", 500)
         patch.setattr(partitions, "SPILL_ROWS", 1)
+        options = PrepareOptions(source="s", target="t", out=str(folder / "out"), **choices, **times)
+        expected = expected_examples(source, target, options)
+        lacks = {"train", "valid", "test"} - {example["split"] for example in expected.values()}
+        if lacks and options.split in ("instance", "user"):
+            with pytest.raises(UserError, match=f"^split={options.split}: of {len(expected)} examples none is "):
+                run(folder, source, target, **choices)
+            return
         options, manifest = run(folder, source, target, **choices, **times)
-    expected = expected_examples(source, target, options)
     positives = {at: example.pop("positives") for at, example in expected.items()}
     assert positives
     assert written_examples(options.out) == expected
@@ -162,7 +191,11 @@ def test_examples_and_users_equal_the_oracles(
     assert written_users(options.out) == users
     assert manifest.counts["cold_users"] == sum(of["user"] == "<unknown>" for of in users.values())
     assert manifest.counts["users"] == len({user for user, _ in expected})
-    assert manifest.counts["target_behaviours"] == len(expected)
+    whose = {r[0] for r in source} if options.users == "both" else {r[0] for r in target}
+    known = [r for r in target if r[0] in whose and r[1] != options.unknown]
+    assert manifest.counts["short_targets"] == len(known) - len(expected)
+    assert manifest.counts["unknown_targets"] == sum(r[0] in whose and r[1] == options.unknown for r in target)
+    assert written_sequences(options.out, manifest) == expected_sequences(source, target, options)
     assert [manifest.examples(s) for s in SPLITS] == [sum(e["split"] == s for e in expected.values()) for s in SPLITS]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cdr_dist.data.dataset import POSITIVES, SPLITS, Manifest
+from cdr_dist.data.dataset import LEFT_OUT, POSITIVES, SEQUENCES, SPLITS, UNKNOWN_SOURCE, Manifest
 
 
 def counts_table(manifest: Manifest) -> str:
@@ -24,6 +24,15 @@ def counts_table(manifest: Manifest) -> str:
         rows = manifest.examples(split)
         share = f"  {counts[positives] / rows:.1%} positive" if manifest.label == "rating" and rows else ""
         lines.append(f"{split:12}{'':{width}}{rows:>{width},}{share}")
+    for name in SEQUENCES:
+        if manifest.examples(name):
+            lines.append(f"{name:16}{manifest.examples(name):>{width + 8},}")
+    for why, what in zip(LEFT_OUT, ("an unknown item", "too short a source history"), strict=True):
+        if counts.get(why):
+            lines.append(f"target behaviours without an example, for {what}: {counts[why]:,}")
+    for name in UNKNOWN_SOURCE:
+        if unknown := manifest.unknown[name]:
+            lines.append(f"{name}: unknown items {unknown:.1%} of positive source behaviours")
     for split, shares in manifest.unseen.items():
         lines.append(f"{split}: users that training never saw {shares['user']:.1%}, items {shares['item']:.1%} of rows")
     return "\n".join(lines)

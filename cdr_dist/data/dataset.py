@@ -33,6 +33,8 @@ FOLDERS = (*SPLITS, USERS, *SEQUENCES)
 """Entries of `shards`."""
 POSITIVES = tuple(f"{split}_positives" for split in SPLITS)
 """Entries of `counts`: rows with label 1."""
+LEFT_OUT = ("unknown_targets", "short_targets")
+"""Entries of `counts`: target behaviours without an example, for their unknown item or a history that is too short."""
 UNKNOWN_SOURCE = ("source_history", "sequences")
 """Entries of `unknown` beside the splits."""
 VOCABULARIES = ("user", "source_item", "target_item", "source_category", "target_category")

@@ -13,9 +13,10 @@ import pyarrow as pa
 
 from cdr_dist.data import hashing, partitions, spill, splits, storage
 from cdr_dist.data.behaviours import Behaviours, Ints, Slices, most_recent
-from cdr_dist.data.dataset import EXAMPLE_SCHEMA, SPLITS, UNKNOWN
+from cdr_dist.data.dataset import EXAMPLE_SCHEMA, FOLDERS, SEQUENCES, UNKNOWN, USERS
 from cdr_dist.data.partitions import Partition
 from cdr_dist.data.prepare_options import PrepareOptions
+from cdr_dist.data.sequences import in_sequences, sequence_rows
 from cdr_dist.data.shuffle import Buckets
 from cdr_dist.data.stored_negatives import stored_negatives
 from cdr_dist.data.user_rows import user_rows
@@ -42,6 +43,7 @@ class Build:
 class Built:
     files: list[str]  # spill files by bucket
     user_files: list[str]  # the same of the users' rows
+    sequence_files: list[str]  # the same of the sequences
     rows: list[int]  # train, valid, test
     unknown: list[int]  # rows of each split whose user or item id is unknown
     unseen_user: list[int]  # rows of each split whose user has no training row
@@ -56,19 +58,29 @@ def build(task: Build) -> Built:
     files = []
     for number, rows in enumerate(examples.chunks()):
         uri = storage.join(task.scratch, f"{task.partition.number:05d}-{number:05d}.arrow")
-        bucket = task.buckets.of(examples.split[rows], examples.example_id[rows])
+        made = np.arange(rows.start, rows.stop)[examples.split[rows] != splits.NO_EXAMPLE]
+        bucket = task.buckets.of(examples.split[made], examples.example_id[made])
         order = np.argsort(bucket, kind="stable")  # made in this order, the table need not be copied into it
-        table = examples.table(np.arange(rows.start, rows.stop)[order])
+        table = examples.table(made[order])
         files.append(spill.write(uri, table, bucket[order], task.buckets.total))
-    users = _users(task, examples)
-    bucket = task.buckets.of(np.full(users.num_rows, len(SPLITS)), users["example_id"].to_numpy())
-    uri = storage.join(task.scratch, f"{task.partition.number:05d}-users.arrow")
-    user_files = [spill.write(uri, users, bucket, task.buckets.total)]
-    masks = examples.counted()
-    rows, unknown, unseen_user, unseen_item = (np.bincount(examples.split[m], minlength=3).tolist() for m in masks)
-    history = examples.source.item[examples.source.label > 0]
-    source, unknown_source = [len(history), 0], [int((history == UNKNOWN).sum()), 0]
-    return Built(files, user_files, rows, unknown, unseen_user, unseen_item, source, unknown_source)
+    cold = _Cold.read(task)
+    users = _users(task, examples, cold)
+    user_files = [_spilled(task, USERS, users, np.full(users.num_rows, FOLDERS.index(USERS)))]
+    sequence_files = [_sequences(task, examples, cold)] if task.partition.options.sequences else []
+    of_split = [np.bincount(examples.split[mask], minlength=3)[:3].tolist() for mask in examples.counted()]
+    all_, no_id, no_user, no_item = of_split
+    longest = task.partition.options.sequences
+    history = _unknown_among(examples.source, examples.source.label > 0)
+    pretrained = sum(_unknown_among(of, in_sequences(of, longest)) for of in (examples.source, cold.source))
+    (unknown, source) = np.stack([history, np.asarray(pretrained)], axis=1).tolist()
+    return Built(files, user_files, sequence_files, all_, no_id, no_user, no_item, source, unknown)
+
+
+def _spilled(task: Build, name: str, rows: pa.Table, folder: np.ndarray) -> str:
+    """Writes rows into the buckets of their folders, numbers in FOLDERS."""
+    bucket = task.buckets.of(folder, rows["example_id"].to_numpy())
+    uri = storage.join(task.scratch, f"{task.partition.number:05d}-{name}.arrow")
+    return spill.write(uri, rows, bucket, task.buckets.total)
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,7 @@ class Examples:
 
     @cached_property
     def limits(self) -> Ints:
-        return splits.validation_times(self.target, self.options)
+        return splits.validation_times(self.target, self.options, self.split)
 
     def counted(self) -> tuple[np.ndarray, ...]:
         """Masks over the rows: all, unknown user or item, user that never trains, item that never trains."""
@@ -154,9 +166,9 @@ class Examples:
 
     @cached_property
     def source_candidates(self) -> tuple[np.ndarray, Slices]:
-        """A user's source behaviours strictly before validation, sampled down where there are too many."""
+        """A user's source behaviours strictly before validation, of known items, sampled down to `candidates`."""
         options, source = self.options, self.source
-        kept = source.timestamp < self.limits[source.user]
+        kept = (source.timestamp < self.limits[source.user]) & (source.item != UNKNOWN)
         many = kept & (np.bincount(source.user[kept], minlength=source.users) > options.candidates)[source.user]
         rows = np.flatnonzero(many)
         bits = hashing.mix(
@@ -240,18 +252,51 @@ class Examples:
         return Slices(ends - evaluated * count, ends).of(drawn.astype(np.int32))
 
 
-def _users(task: Build, examples: Examples) -> pa.Table:
+@dataclass(frozen=True)
+class _Cold:
+    """The users without examples: keys and ids, and their behaviours by vocabulary id."""
+
+    keys: pl.Series
+    ids: np.ndarray
+    target: Behaviours
+    source: Behaviours
+
+    @classmethod
+    def read(cls, task: Build) -> _Cold:
+        keys = partitions.read_ordered(task.partition, "cold")["user_id"]
+        ids = spill.read([task.cold_ids], task.partition.number)["id"].to_numpy()
+        return cls(keys, ids, *(_of_cold(task, role, len(keys)) for role in ("target", "source")))
+
+
+def _users(task: Build, examples: Examples, cold: _Cold) -> pa.Table:
     """The rows of the partition's users (USER_SCHEMA), those without examples included."""
     length = task.partition.options.history_length
-    keys = [partitions.read_ordered(task.partition, name)["user_id"] for name in ("users", "cold")]
-    target, source = (_of_cold(task, role, len(keys[1])) for role in ("target", "source"))
-    cold_ids = spill.read([task.cold_ids], task.partition.number)["id"].to_numpy()
+    keys = partitions.read_ordered(task.partition, "users")["user_id"].to_arrow()
     return pa.concat_tables(
         [
-            user_rows(keys[0].to_arrow(), examples.user_id, examples.target, examples.source, length),
-            user_rows(keys[1].to_arrow(), cold_ids, target, source, length),
+            user_rows(keys, examples.user_id, examples.target, examples.source, length),
+            user_rows(cold.keys.to_arrow(), cold.ids, cold.target, cold.source, length),
         ]
     )
+
+
+def _sequences(task: Build, examples: Examples, cold: _Cold) -> str:
+    """Writes what the partition's source users, those without examples included, have to pre-train on."""
+    options = task.partition.options
+    keys = partitions.read_ordered(task.partition, "users")["user_id"]
+    found = [
+        sequence_rows(of.to_arrow(), ids, source, options)
+        for of, ids, source in ((keys, examples.user_id, examples.source), (cold.keys, cold.ids, cold.source))
+    ]
+    split = np.concatenate([of for _, of in found])
+    return _spilled(
+        task, "sequences", pa.concat_tables([rows for rows, _ in found]), FOLDERS.index(SEQUENCES[0]) + split
+    )
+
+
+def _unknown_among(source: Behaviours, mask: np.ndarray) -> np.ndarray:
+    """Of these behaviours those whose item is unknown, and all."""
+    return np.array([(source.item[mask] == UNKNOWN).sum(), mask.sum()])
 
 
 def _of_cold(task: Build, role: str, users: int) -> Behaviours:
@@ -266,6 +311,8 @@ def _with_ids(task: Build, domain: str, users: int) -> tuple[Behaviours, pl.Data
     rows = partitions.read_ordered(task.partition, domain)
     own = partitions.read_ordered(task.partition, f"{domain}_items").select("item_id")
     everywhere = pl.DataFrame(pl.from_arrow(spill.read([task.items[domain]], 0)))
-    items = own.join(everywhere, on="item_id", how="left", maintain_order="left")
+    items = own.join(everywhere, on="item_id", how="left", maintain_order="left").with_columns(
+        pl.col("known").fill_null(False), pl.col("id", "category_id").fill_null(UNKNOWN)
+    )
     split = rows["split"].to_numpy() if "split" in rows.columns else np.zeros(0, dtype=np.int8)
     return partitions.behaviours(rows, users), items, split

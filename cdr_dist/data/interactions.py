@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,7 +17,7 @@ from cdr_dist.errors import UserError
 
 SCHEMA = {
     "user_id": pl.String,
-    "item_id": pl.String,
+    "item_id": pl.String,  # null: an unknown item
     "timestamp": pl.Int64,  # seconds, or any whole number that orders
     "label": pl.Float32,
     "category": pl.String,  # null where the log names none
@@ -30,13 +31,17 @@ def needed_columns(options: PrepareOptions, role: str, found: list[str], has_ite
     optional = columns["category"][1] == Columns().category and columns["category"][1] not in found
     if not has_item_file and not optional:
         names.append("category")
-    return dict(columns[name] for name in names)
+    domain = {columns["domain"][0]: options.domain_column(role)} if options.domain_column(role) else {}
+    return dict(columns[name] for name in names) | domain
 
 
-def read(uri: str, options: PrepareOptions, role: str, has_item_file: bool, prefix: str = "") -> Iterator[pl.DataFrame]:
+def read(
+    uri: str, options: PrepareOptions, role: str, has_item_file: bool, prefix: str = "", domain: str = ""
+) -> Iterator[pl.DataFrame]:
     """The interactions (`SCHEMA`) of a file of a domain's log, in file order; duplicates are kept, each is a behaviour.
 
-    prefix: of items and categories, where several domains share a role.
+    prefix: of items and categories, where several domains share a role. domain: whose rows are read, where the log has
+    a column for it; the others are passed over, whatever is in them.
     UserError: unreadable file, missing column, an empty id, a rating or timestamp that is not a number.
     """
     source = formats.of(options.format)
@@ -44,7 +49,11 @@ def read(uri: str, options: PrepareOptions, role: str, has_item_file: bool, pref
     source.require_columns(uri, needed)
     left_out = forgotten.of(options)
     for first, batch in source.first_rows(source.batches(uri, sorted(set(needed.values()))), uri):
-        rows = _within(_typed(batch, needed, options, _Place(source, uri, first)), options)
+        raw, place = pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch]))), _Place(source, uri, first)
+        if domain:
+            own = (raw[options.domain_column(role)].cast(pl.String) == domain).fill_null(False)
+            raw, place = raw.filter(own), _Place(source, uri, first, own.arg_true())
+        rows = _within(_typed(raw, needed, options, place), options)
         rows = left_out.left_out_of(rows, "user_id")
         yield rows.with_columns(_prefixed(prefix, rows[name]) for name in ("item_id", "category")) if prefix else rows
 
@@ -61,18 +70,19 @@ def _within(rows: pl.DataFrame, options: PrepareOptions) -> pl.DataFrame:
 class _Place:
     """Says where in a file the row at an index of the current batch stands."""
 
-    def __init__(self, source: Source, uri: str, first: int) -> None:
-        self.uri, self.first = uri, first
+    def __init__(self, source: Source, uri: str, first: int, chosen: pl.Series | None = None) -> None:
+        """chosen: the rows of the batch that are looked at; all of them if None."""
+        self.uri, self.first, self._chosen = uri, first, chosen
         self._unit = "line" if source.is_text(uri) else "row"
 
     def error(self, bad: pl.Series, message: str, values: pl.Series | None = None) -> UserError:
         index = int(bad.arg_max() or 0)
         shown = "" if values is None or values[index] in (None, "") else f" '{values[index]}'"
-        return UserError(f"{self.uri}: {self._unit} {self.first + index}: " + message.format(shown or " (empty)"))
+        row = self.first + (index if self._chosen is None else int(self._chosen[index]))
+        return UserError(f"{self.uri}: {self._unit} {row}: " + message.format(shown or " (empty)"))
 
 
-def _typed(batch: pa.RecordBatch, needed: dict[str, str], options: PrepareOptions, place: _Place) -> pl.DataFrame:
-    raw = pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch])))
+def _typed(raw: pl.DataFrame, needed: dict[str, str], options: PrepareOptions, place: _Place) -> pl.DataFrame:
     columns = {option.rpartition(".")[2]: raw[name] for option, name in needed.items()}
     ratings = _ratings(columns["rating"], place) if "rating" in columns else None
     labels = pl.repeat(1.0, raw.height, eager=True) if ratings is None else (ratings > options.threshold)
@@ -80,17 +90,17 @@ def _typed(batch: pa.RecordBatch, needed: dict[str, str], options: PrepareOption
     return pl.DataFrame(
         {
             "user_id": _ids(columns["user"], "user", place),
-            "item_id": _ids(columns["item"], "item", place),
+            "item_id": _null_where(_ids(columns["item"], "item", place), options.unknown),
             "timestamp": _timestamps(columns["timestamp"], place),
             "label": labels.cast(pl.Float32),
-            "category": _or_null(categories.cast(pl.String)),
+            "category": _null_where(categories.cast(pl.String), ""),
         },
         schema=SCHEMA,
     )
 
 
-def _or_null(text: pl.Series) -> pl.Series:
-    return pl.select(pl.when(text != "").then(text)).to_series()
+def _null_where(text: pl.Series, nothing: str) -> pl.Series:
+    return pl.select(pl.when(text != nothing).then(text)).to_series()
 
 
 def _ids(values: pl.Series, what: str, place: _Place) -> pl.Series:
@@ -131,6 +141,20 @@ def _ratings(values: pl.Series, place: _Place) -> pl.Series:
     return numbers
 
 
+def check_domain(files: list[str], options: PrepareOptions, role: str, domain: str) -> None:
+    """UserError where no row of the files is of the domain: it lists the domains found most often."""
+    column, source = options.domain_column(role), formats.of(options.format)
+    found: Counter[str] = Counter()
+    for uri in files:
+        for batch in source.batches(uri, [column]):
+            found.update(batch.column(0).cast(pa.string()).to_pylist())
+    if domain not in found:
+        most = ", ".join(f"{name} ({rows:,} rows)" for name, rows in found.most_common(8))
+        raise UserError(
+            f"{getattr(options, role)}: {role}_domain={domain}: no row's {column} is that; found most often: {most}"
+        )
+
+
 def user_bucket(user_ids: pl.Series, buckets: int) -> np.ndarray:
     """The partition of each user, 0..buckets-1: equal for equal ids, on every worker of one run."""
     return (user_ids.hash(seed=0) % buckets).to_numpy().astype(np.int64)
@@ -164,7 +188,7 @@ def read_items(uri: str, options: PrepareOptions, role: str, prefix: str = "") -
     for first, batch in source.first_rows(source.batches(uri, sorted({item, category, *features})), uri):
         raw = pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch])))
         ids = _prefixed(prefix, _ids(raw[item], "item", _Place(source, uri, first)))
-        named = {"item_id": ids, "category": _prefixed(prefix, _or_null(raw[category].cast(pl.String)))}
+        named = {"item_id": ids, "category": _prefixed(prefix, _null_where(raw[category].cast(pl.String), ""))}
         values = {name: _values(raw[name], how, options.feature_values) for name, how in features.items()}
         parts.append(pl.DataFrame(named | values))
     return pl.concat(parts).unique("item_id", keep="first", maintain_order=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -28,6 +29,7 @@ from cdr_dist.data import examples, forgotten, holder, interactions, partitions,
 from cdr_dist.data.dataset import (
     FIRST_ID,
     FOLDERS,
+    LEFT_OUT,
     POSITIVES,
     SEQUENCES,
     SPLITS,
@@ -49,6 +51,9 @@ from cdr_dist.errors import UserError
 __all__ = ["PrepareOptions", "check", "options_from_words", "prepare"]
 
 log = logging.getLogger(__name__)
+
+MUCH_UNKNOWN = 0.05
+"""Share of source behaviours of unknown items from which on a warning says so; training refuses as much by default."""
 
 
 def check(options: PrepareOptions) -> Manifest | None:
@@ -186,6 +191,7 @@ def _prepare(options: PrepareOptions, inputs: Inputs, work: str) -> Manifest:
         written = _write_shards(folder, buckets, built, options.workers)
         vocab, rows = _write_vocabularies(folder, users, users_before, items)
         manifest = _manifest(options, inputs, counted, built, written, vocab, rows)
+        _warn_of_unknown(manifest)
         with durable("prepare.manifest"):
             if (left_out := forgotten.of(options)).users:
                 forgotten.write(folder, left_out)
@@ -207,6 +213,7 @@ def _scatter(options: PrepareOptions, inputs: Inputs, work: str) -> list[Partiti
             role,
             bool(domain.item_file),
             domain.prefix,
+            domain.value,
             inputs.partitions,
             storage.join(work, "interactions", role, f"{domain.prefix.rstrip(':')}{number:05d}"),
             options,
@@ -215,7 +222,15 @@ def _scatter(options: PrepareOptions, inputs: Inputs, work: str) -> list[Partiti
         for domain in domains
         for number, uri in enumerate(domain.files)
     ]
-    scattered = run_tasks(partitions.scatter, logs, options.workers)
+    scattered = []
+    found: Counter[tuple[str, str]] = Counter()
+    for log_file, (files, rows) in zip(logs, run_tasks(partitions.scatter, logs, options.workers), strict=True):
+        scattered.append(files)
+        found[log_file.role, log_file.domain] += rows
+    for role, domains in inputs.domains.items():
+        for domain in domains:
+            if options.by_value(role) and not found[role, domain.value]:
+                interactions.check_domain(domain.files, options, role, domain.value)
     n_source = sum(log.role == "source" for log in logs)
     source, target = (list(chain.from_iterable(part)) for part in (scattered[:n_source], scattered[n_source:]))
     ordered = storage.join(work, "ordered")
@@ -225,12 +240,23 @@ def _scatter(options: PrepareOptions, inputs: Inputs, work: str) -> list[Partiti
 def _check_counts(options: PrepareOptions, counted: list[PartitionCounts]) -> None:
     if not sum(c.users for c in counted):
         where = "in both logs" if options.users == "both" else "in the target log"
+        short, unknown = (sum(c.left_out[why] for c in counted) for why in ("short_targets", "unknown_targets"))
+        if short:
+            where += f" has a target behaviour with least_history={options.least_history} source behaviours before it"
+        elif unknown:
+            where += " has a target behaviour of a known item"
         raise UserError(f"no user {where} ({options.source}, {options.target}): nothing to prepare")
     rows = _sum([c.splits for c in counted])
     if options.split == "leave_last" and not rows[2]:
         raise UserError("no user has 3 target behaviours, which split=leave_last needs: training, validation and test")
-    if not rows[0]:
+    if not rows[0] and options.split == "time":
         raise UserError(f"no target behaviour before valid_from={options.valid_from}: nothing to train on")
+    for split, number in zip(SPLITS, rows, strict=True):
+        wanted = options.split in ("instance", "user") and (getattr(options, f"{split}_share", 1.0) > 0)
+        if wanted and not number:
+            raise UserError(
+                f"split={options.split}: of {sum(rows)} examples none is {split}; change the shares or seed="
+            )
     positives = sum(_sum([c.positives for c in counted]))
     if not positives:
         raise UserError(f"threshold={options.threshold}: no rating of {options.target} is above it: nothing to learn")
@@ -277,7 +303,7 @@ def _builds(
     rows = [
         *_sum([c.splits for c in counted]),
         users.height + sum(c.cold_users for c in counted),
-        *[0] * len(SEQUENCES),
+        *_sum([c.sequences for c in counted]),
     ]
     buckets = shuffle.Buckets.for_rows(options.seed, rows, options.rows_per_shard)
     target_items, scratch = items["target"].known.height, storage.join(work, "examples")
@@ -287,9 +313,10 @@ def _builds(
 def _write_shards(
     folder: str, buckets: shuffle.Buckets, built: list[examples.Built], workers: int
 ) -> dict[str, list[Shard]]:
-    of_users, of_examples = ([file for one in built for file in getattr(one, f)] for f in ("user_files", "files"))
+    of = dict.fromkeys(SPLITS, "files") | {USERS: "user_files"} | dict.fromkeys(SEQUENCES, "sequence_files")
+    files = {name: [file for one in built for file in getattr(one, kind)] for name, kind in of.items()}
     tasks = [
-        shuffle.ShardTask(folder, split, number, buckets, of_users if name == USERS else of_examples)
+        shuffle.ShardTask(folder, split, number, buckets, files[name])
         for split, name in enumerate(FOLDERS)
         for number in range(buckets.shards[split])
     ]
@@ -349,6 +376,7 @@ def _manifest(
             "source_behaviours": sum(c.source_behaviours for c in counted),
             "target_items": vocab["target_item"].rows,
             "target_behaviours": sum(c.target_behaviours for c in counted),
+            **{why: sum(c.left_out[why] for c in counted) for why in LEFT_OUT},
             **{f"{role}_log_users": sum(getattr(c, f"{role}_log_users") for c in counted) for role in inputs.domains},
             **dict(zip(POSITIVES, _sum([c.positives for c in counted]), strict=True)),
         },
@@ -366,3 +394,9 @@ def _unknown_source(built: list[examples.Built]) -> dict[str, float]:
     """Shares of positive source behaviours whose item is unknown: of users with examples, and in sequences."""
     unknown, all_ = _sum([b.unknown_source for b in built]), _sum([b.source for b in built])
     return {name: n / max(1, of) for name, n, of in zip(UNKNOWN_SOURCE, unknown, all_, strict=True)}
+
+
+def _warn_of_unknown(manifest: Manifest) -> None:
+    for name in UNKNOWN_SOURCE:
+        if manifest.unknown[name] > MUCH_UNKNOWN:
+            log.warning("%s: %.1f%% of the source behaviours are of unknown items", name, 100 * manifest.unknown[name])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cdr_dist.data import interactions, storage
 from cdr_dist.data.earlier import Earlier
-from cdr_dist.data.prepare_options import DATE, PrepareOptions
+from cdr_dist.data.prepare_options import DATE, ONE_LOG, PrepareOptions
 from cdr_dist.data.sources import formats
 from cdr_dist.data.sources.formats import Source
 from cdr_dist.errors import UserError
@@ -23,12 +23,14 @@ COMPRESSION = 4
 
 @dataclass(frozen=True)
 class Domain:
-    """prefix: of its items' and categories' keys, where several domains share a role."""
+    """prefix: of its items' and categories' keys, where several domains share a role. value: what a row says that is of
+    this domain; empty: all rows of its log are."""
 
     name: str
     files: list[str]
     item_file: str
     prefix: str
+    value: str
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ def _domains(options: PrepareOptions, role: str) -> list[Domain]:
     """The domains of a role. UserError: other numbers of logs and of names or item files; a name with a colon."""
     source = formats.of(options.format)
     logs = getattr(options, role).split(",") if role == "source" else [getattr(options, role)]
+    by_value, one_log = options.by_value(role), options.format in ONE_LOG
+    if by_value and len(logs) == 1 and options.several_sources and role == "source":
+        logs *= options.source_domain.count(",") + 1
     given = {}
     for option in ("items", "domain"):
         text = getattr(options, f"{role}_{option}")
@@ -79,12 +84,20 @@ def _domains(options: PrepareOptions, role: str) -> list[Domain]:
             raise UserError(f"{role}_{option}={text}: {len(given[option])} for {len(logs)} logs of {role}=")
     found = []
     for uri, items, own_name in zip(logs, given["items"], given["domain"], strict=True):
-        name = own_name or _domain_name(source, uri)
+        name = own_name or _domain_name(source, uri) + (f"-{role}" if one_log else "")
         if len(logs) > 1 and ":" in name:
             raise UserError(f"{role}_domain={name}: with several sources, a name has no colon")
         files = _files(source, uri, options.dates)
-        found.append(Domain(name, files, items, f"{name}:" if len(logs) > 1 else ""))
+        if one_log and (twice := _named_twice(files)):
+            raise UserError(f"{uri}: two files are named {twice}, and users are named by file and line; rename one")
+        value = name if by_value else role if one_log else ""
+        found.append(Domain(name, files, items, f"{name}:" if len(logs) > 1 else "", value))
     return found
+
+
+def _named_twice(files: list[str]) -> str:
+    names = [uri.rsplit("/", 1)[-1] for uri in files]
+    return next((name for name in names if names.count(name) > 1), "")
 
 
 def _domain_name(source: Source, uri: str) -> str:

@@ -14,10 +14,12 @@ from cdr_dist.data.options import StorageOptions
 from cdr_dist.data.words import apart, check, described, fields_of, option, values_of
 from cdr_dist.errors import UserError, nearest
 
+ONE_LOG = {"coldrec": "0", "windows": "-1"}
+"""Formats whose log holds both domains, without ratings and times -> the id of an unknown item."""
 CHOICES = {
-    "format": ("table", "amazon", "recbole"),
+    "format": ("table", "amazon", "recbole", *ONE_LOG),
     "labels": ("rating", "sampled"),
-    "split": ("leave_last", "time"),
+    "split": ("leave_last", "time", "instance", "user"),
     "users": ("both", "target"),
     "vocab": ("all", "train"),
     "history": ("past", "train"),
@@ -46,6 +48,9 @@ class Columns:
     timestamp: str = option("timestamp", "column of the time: whole seconds, or any whole number that orders")
     rating: str = option("rating", "column of the rating; read only with labels=rating")
     category: str = option("category", "column of the item's category; used where no item file is given")
+    domain: str = option(
+        "", "column of the row's domain, where one log holds several: source_domain= and target_domain= are its values"
+    )
 
 
 @dataclass(frozen=True)
@@ -79,25 +84,38 @@ class PrepareOptions:
     source: str = option(
         "", "log of the source domain: a file, folder, pattern or URI; with commas: of several domains"
     )
-    target: str = option("", "log of the target domain")
+    target: str = option("", "log of the target domain; where one log holds both, source= alone says it all")
     out: str = option("", "folder of the dataset, local or a URI; must not hold anything else")
-    format: str = option("table", "of the logs; table: csv, tsv, Parquet; amazon: review data; recbole: .inter")
+    format: str = option(
+        "table",
+        "of the logs; table: csv, tsv, Parquet; amazon: review data; recbole: .inter; a user a line: coldrec, windows",
+    )
     source_items: str = option("", "file of the source items' categories; with commas: a file a domain")
     target_items: str = option("", "file of the target items' categories")
     source_domain: str = option("", "name of the source domain, or names with commas; empty: the log's file name")
     target_domain: str = option("", "name of the target domain; empty: the log's file name")
+    unknown_item: str = option(
+        "", "item id that stands for any unknown item; empty: of format=coldrec 0, of windows -1, else none"
+    )
     columns: Columns = field(default_factory=Columns)
     item_columns: ItemColumns = field(default_factory=ItemColumns)
-    source_columns: Columns = field(default_factory=lambda: Columns(*[""] * 5))
-    target_columns: Columns = field(default_factory=lambda: Columns(*[""] * 5))
+    source_columns: Columns = field(default_factory=lambda: Columns(*[""] * 6))
+    target_columns: Columns = field(default_factory=lambda: Columns(*[""] * 6))
     source_item_columns: ItemColumns = field(default_factory=lambda: ItemColumns(*[""] * 3))
     target_item_columns: ItemColumns = field(default_factory=lambda: ItemColumns(*[""] * 3))
     labels: str = option("rating", "rating: label 1 where rating > threshold; sampled: all 1, negatives drawn")
     threshold: float = option(3.0, "ratings above it are positive (labels=rating)")
     eval_negatives: int = option(1, "negatives stored with a validation or test row (labels=sampled)")
-    split: str = option("leave_last", "leave_last: last behaviour test, last but one validation; time")
+    split: str = option(
+        "leave_last", "leave_last: last behaviour test, last but one validation; time; by shares: instance, user"
+    )
     valid_from: int | None = option(None, "first timestamp of validation (split=time)")
     test_from: int | None = option(None, "first timestamp of test (split=time)")
+    valid_share: float = option(0.05, "share of validation (split=instance: of the examples; split=user: of the users)")
+    test_share: float = option(0.15, "share of test, likewise")
+    least_history: int = option(
+        0, "target behaviours with fewer positive source behaviours before them make no example"
+    )
     days: str = option(
         "", "FROM..TO, as 2026-11-01..2026-11-24: the days that {date} in source= and target= stands for"
     )
@@ -115,6 +133,9 @@ class PrepareOptions:
     history: str = option("past", "past: positives before each behaviour; train: all training positives")
     history_length: int = option(50, "longest stored history, the most recent kept")
     candidates: int = option(100, "most source candidates of a user, by seeded sample")
+    sequences: int = option(0, "longest source sequence to pre-train on, of every source user; 0: none are written")
+    sequences_valid_share: float = option(0.05, "share of the users whose sequences are validation")
+    sequences_test_share: float = option(0.05, "share of the users whose sequences are test")
     feature_items: int = option(2, "least items that share a value of item_columns.features; rarer ones are unknown")
     feature_values: int = option(20, "most values of one item in a column of item_columns.features")
     seed: int = option(8, "seed of every draw")
@@ -124,6 +145,9 @@ class PrepareOptions:
     storage: Storage = field(default_factory=Storage)
 
     def __post_init__(self) -> None:
+        if all(self.domain_column(role) for role in ("source", "target")):  # one log may hold both
+            object.__setattr__(self, "source", self.source or self.target)
+            object.__setattr__(self, "target", self.target or self.source)
         for name in REQUIRED:
             check(bool(getattr(self, name)), f"{name}= is missing")
         for name, known in CHOICES.items():
@@ -133,6 +157,8 @@ class PrepareOptions:
             ("eval_negatives", 1),
             ("history_length", 1),
             ("candidates", 1),
+            ("least_history", 0),
+            ("sequences", 0),
             ("feature_items", 1),
             ("feature_values", 1),
             ("workers", 0),
@@ -144,6 +170,12 @@ class PrepareOptions:
         check(math.isfinite(self.threshold), f"threshold={self.threshold}: must be a finite number")
         check(not (self.forgotten and self.extends), "forgotten= goes without extends=, whose dataset has its own")
         self._check_times()
+        self._check_shares()
+        self._check_domains()
+        check(self.sequences != 1, "sequences=1: a sequence has 2 behaviours or more; 0: none are written")
+        check(
+            not self.sequences or self.cold_users, "sequences= goes with cold_users=true, by whose rows users are found"
+        )
         named = [name for name in ("source", "target") if DATE in getattr(self, name)]
         check(bool(named) == bool(self.days), "days= and {date} in source= or target= belong together")
         _ = self.dates  # checks them
@@ -165,12 +197,51 @@ class PrepareOptions:
         if since is not None and until is not None:
             check(since < until, f"since={since} must be before until={until}")
         valid_from, test_from = self.valid_from, self.test_from
-        if self.split == "leave_last":
+        if self.split != "time":
             check(valid_from is None and test_from is None, "valid_from= and test_from= need split=time")
             return
         if valid_from is None or test_from is None:
             raise UserError("split=time needs valid_from= and test_from=")
         check(valid_from < test_from, f"valid_from={valid_from} must be before test_from={test_from}")
+
+    def _check_shares(self) -> None:
+        for start in ("", "sequences_"):
+            valid, test = (getattr(self, f"{start}{of}_share") for of in ("valid", "test"))
+            check(
+                valid >= 0 and test >= 0 and valid + test < 1,
+                f"{start}valid_share={valid}, {start}test_share={test}: must be 0 or more, and less than 1 together",
+            )
+
+    def _check_domains(self) -> None:
+        form = f"format={self.format}"
+        if self.format in ONE_LOG:
+            check(self.labels == "sampled", f"{form}: has no ratings; give labels=sampled")
+            check(
+                not (self.source_items or self.target_items),
+                f"{form}: has no item files; leave out source_items= and target_items=",
+            )
+        for role in ("source", "target"):
+            if self.by_value(role):
+                what = form if self.format in ONE_LOG else f"{self.columns_of(role)['domain'][0]}="
+                given = bool(getattr(self, f"{role}_domain"))
+                check(given, f"{what}: needs {role}_domain=, the domain whose rows are the {role}'s")
+
+    def domain_column(self, role: str) -> str:
+        """The column that names a row's domain; empty: all rows are of the role's one."""
+        return self.columns_of(role)["domain"][1] or ("domain" if self.format in ONE_LOG else "")
+
+    def by_value(self, role: str) -> bool:
+        """Whether the role's domains are values of that column, and not, as with coldrec, the roles themselves."""
+        return bool(self.domain_column(role)) and self.format != "coldrec"
+
+    @property
+    def unknown(self) -> str:
+        """The id of an unknown item; empty: there is none."""
+        return self.unknown_item or ONE_LOG.get(self.format, "")
+
+    @property
+    def several_sources(self) -> bool:
+        return "," in (self.source_domain if self.by_value("source") else self.source)
 
     @property
     def stored_negatives(self) -> int:

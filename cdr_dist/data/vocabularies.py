@@ -91,7 +91,7 @@ def _with_earlier(items: pl.DataFrame, earlier: pl.DataFrame) -> pl.DataFrame:
 
 def _others(options: PrepareOptions, domain: str) -> pl.Expr:
     """The category of an item without one: of its own domain's items, where several share the role."""
-    several = domain == "source" and "," in options.source
+    several = domain == "source" and options.several_sources
     own = pl.col("item_id").str.extract(r"^([^:]*:)") if several else pl.lit("")
     return own + OTHERS
 
@@ -118,7 +118,7 @@ def _value_ids(lists: pl.Series, values: pl.DataFrame) -> pl.Series:
 
 def _merge_items(tables: list[pl.DataFrame]) -> pl.DataFrame:
     schema = {"item_id": pl.String, "category": pl.String, "known": pl.Boolean, "count": pl.Int64}
-    rows = pl.concat([pl.DataFrame(schema=schema), *tables])
+    rows = pl.concat([pl.DataFrame(schema=schema), *tables]).filter(pl.col("item_id").is_not_null())
     return rows.group_by("item_id").agg(pl.col("category").min(), pl.col("known").any(), pl.col("count").sum())
 
 

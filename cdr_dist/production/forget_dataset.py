@@ -1,4 +1,4 @@
-"""Users' removal from one dataset folder: vocabulary, examples and rows in users/.
+"""Users' removal from one dataset folder: vocabulary, examples, sequences and rows in users/.
 
 Files that hold something of them are written anew under other names, in the order of before; then the manifest is
 switched to these, and the old files go. So the folder is at every moment the old dataset or the new one. A vocabulary
@@ -21,14 +21,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cdr_dist.crash_points import durable
-from cdr_dist.data import storage
-from cdr_dist.data.dataset import FOLDERS, SPLITS, UNKNOWN, USERS, Manifest, Shard, read_manifest
+from cdr_dist.data import hashing, storage
+from cdr_dist.data.dataset import FOLDERS, SEQUENCES, SPLITS, UNKNOWN, USERS, Manifest, Shard, read_manifest
+from cdr_dist.data.sequences import window_ids
 from cdr_dist.data.shuffle import row_groups, write_groups
 
 log = logging.getLogger(__name__)
 
 VOCABULARY = "vocab"
-USER, USER_KEY = "user", "user_id"
+USER, USER_KEY, WINDOW = "user", "user_id", "example_id"
 
 
 def forget_in_dataset(
@@ -57,7 +58,8 @@ def forget_in_dataset(
     def without(shard: Shard, column: str, wanted: pa.Array) -> Shard:
         return _written_without(folder, shard, again, column, wanted) if shard.path in found.hit else shard
 
-    whose = {name: (USER_KEY, texts) if name == USERS else (USER, numbers) for name in FOLDERS}
+    whose = dict.fromkeys(SPLITS, (USER, numbers)) | {USERS: (USER_KEY, texts)}
+    whose |= dict.fromkeys(SEQUENCES, (WINDOW, pa.array(sorted(found.windows), pa.int64())))
     shards = {name: [without(shard, *whose[name]) for shard in of] for name, of in manifest.shards.items()}
     changed = dataclasses.replace(
         manifest,
@@ -117,6 +119,11 @@ class _Scan:
         self._unknown, self._unseen = Counter[str](), Counter[tuple[str, str]]()
         for split in SPLITS:
             self._look_at(split)
+        self.windows: set[int] = set()
+        """example_id of their windows: who has no examples has no other name there."""
+        for part in SEQUENCES:
+            self._look_at_sequences(part)
+        self._add("sequences", len(self.windows))
         self._people = [row for shard in manifest.shards[USERS] for row in self._own(shard)]
         self._add("rows of users", len(self._people))
         self._add("keys", self._in_vocabulary())
@@ -184,6 +191,16 @@ class _Scan:
                         trained[: UNKNOWN + 1] = False
                     else:
                         self._unseen[split, name] += int((~trained[ids]).sum())
+
+    def _look_at_sequences(self, part: str) -> None:
+        users = hashing.of_keys(self._keys)
+        for shard in self._manifest.shards[part]:
+            for example_id, first in self._columns(shard, [WINDOW, "source_history_first"]):
+                numbers = np.unique(first // (self._manifest.options["sequences"] - 1))
+                theirs = np.intersect1d(example_id, window_ids(users[:, None], numbers))
+                self.windows |= set(theirs.tolist())
+                if len(theirs):
+                    self.hit.add(shard.path)
 
     def _columns(self, shard: Shard, columns: list[str]) -> Iterator[list[NDArray[Any]]]:
         uri = storage.join(self._folder, shard.path)

@@ -1,4 +1,4 @@
-"""The formats of raw logs by name. A new one is a module with the functions of `Source`, named here."""
+"""The formats of raw logs by name. A new one is a module or an object with the functions of `Source`, named here."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from cdr_dist.data.sources import amazon, recbole, table
+from cdr_dist.data.sources import amazon, coldrec, recbole, table, windows
 from cdr_dist.errors import UserError, nearest
 
 
 class Source(Protocol):
     """How the files of a format are found and read. Whatever is wrong with one is a UserError that names it."""
-
-    KINDS: tuple[str, ...]
 
     def is_text(self, uri: str) -> bool:
         """Whether its rows are lines."""
@@ -38,7 +36,13 @@ class Source(Protocol):
         """Each batch with the number of its first row, as messages name it."""
 
 
-SOURCES: dict[str, Source] = {"table": table, "amazon": amazon, "recbole": recbole}
+SOURCES: dict[str, Source] = {
+    "table": table,
+    "amazon": amazon,
+    "recbole": recbole,
+    "coldrec": coldrec.SOURCE,
+    "windows": windows.SOURCE,
+}
 
 
 def of(format: str) -> Source:

@@ -125,7 +125,11 @@ def require(uri: str, needed: dict[str, str], found: list[str]) -> None:
 
 def first_rows(stream: Iterator[pa.RecordBatch], uri: str) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Each batch with the number of its first row: the line in a text file, the row in a Parquet file, from 1."""
-    first = 2 if is_text(uri) else 1
+    return numbered(stream, 2 if is_text(uri) else 1)
+
+
+def numbered(stream: Iterator[pa.RecordBatch], first: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Each batch with the number of its first row, counted from `first`."""
     for batch in stream:
         yield first, batch
         first += batch.num_rows
