@@ -178,12 +178,16 @@ class EvaluationOptions:
     ks: list[int] = field(default_factory=list)
     """K of HR@K, NDCG@K and MRR@K against the stored negatives."""
     full_ks: list[int] = field(default_factory=list)
-    """K of the same, called full_hr@K and so on, among all target items but those that the user trained on: measured
-    once, at the end. Empty: not at all."""
+    """K of the same, called full_hr@K and so on, among all target items: measured once, at the end. Empty: not at
+    all."""
+    full_exclude: str = "train"
+    """Which items a positive is not ranked among; train: those that the user trained on; none: it has to beat them as
+    well, as in released code."""
     batch_size: int = 8192
     """Rows scored at a time, stored negatives included."""
 
     def __post_init__(self) -> None:
+        one_of("evaluation.full_exclude", self.full_exclude, ("train", "none"))
         at_least("evaluation", self, 0, "every", "patience")
         at_least("evaluation", self, 1, "batch_size")
 
