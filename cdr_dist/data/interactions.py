@@ -42,9 +42,9 @@ def read(uri: str, options: PrepareOptions, role: str, has_item_file: bool, pref
     source = formats.of(options.format)
     needed = needed_columns(options, role, source.column_names(uri), has_item_file)
     source.require_columns(uri, needed)
-    left_out = forgotten.of(options)
+    left_out, classes = forgotten.of(options), options.classes if role == "target" else 0
     for first, batch in source.first_rows(source.batches(uri, sorted(set(needed.values()))), uri):
-        rows = _within(_typed(batch, needed, options, _Place(source, uri, first)), options)
+        rows = _within(_typed(batch, needed, options, _Place(source, uri, first), classes), options)
         rows = left_out.left_out_of(rows, "user_id")
         yield rows.with_columns(_prefixed(prefix, rows[name]) for name in ("item_id", "category")) if prefix else rows
 
@@ -71,22 +71,34 @@ class _Place:
         return UserError(f"{self.uri}: {self._unit} {self.first + index}: " + message.format(shown or " (empty)"))
 
 
-def _typed(batch: pa.RecordBatch, needed: dict[str, str], options: PrepareOptions, place: _Place) -> pl.DataFrame:
+def _typed(
+    batch: pa.RecordBatch, needed: dict[str, str], options: PrepareOptions, place: _Place, classes: int
+) -> pl.DataFrame:
     raw = pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch])))
     columns = {option.rpartition(".")[2]: raw[name] for option, name in needed.items()}
     ratings = _ratings(columns["rating"], place) if "rating" in columns else None
     labels = pl.repeat(1.0, raw.height, eager=True) if ratings is None else (ratings > options.threshold)
     categories = columns.get("category", pl.repeat(None, raw.height, dtype=pl.String, eager=True))
+    items = _ids(columns["item"], "item", place)
+    if classes:
+        _check_classes(items, classes, place)
     return pl.DataFrame(
         {
             "user_id": _ids(columns["user"], "user", place),
-            "item_id": _ids(columns["item"], "item", place),
+            "item_id": items,
             "timestamp": _timestamps(columns["timestamp"], place),
             "label": labels.cast(pl.Float32),
             "category": _or_null(categories.cast(pl.String)),
         },
         schema=SCHEMA,
     )
+
+
+def _check_classes(items: pl.Series, classes: int, place: _Place) -> None:
+    bad = ~items.is_in([str(number) for number in range(classes)])
+    if bad.any():
+        message = "item{} is no class: classes=" + f"{classes} wants whole numbers 0 to {classes - 1}"
+        raise place.error(bad, message, items)
 
 
 def _or_null(text: pl.Series) -> pl.Series:

@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from cdr_dist import logs
 from cdr_dist.errors import UserError
+from cdr_dist.evaluation.classification import METRICS as CLASS_METRICS
+from cdr_dist.evaluation.metrics import FULL
 from cdr_dist.training.run_folder import RunFolder
 
 
@@ -65,7 +67,9 @@ class Console:
             for table, rows in values.items():
                 self._say(step, f"{rows} rows of table {table} start from given vectors")
             return
-        keys = ("auc", "gauc", "logloss") if line["split"] == "valid" else ("target_loss", "source_loss")
+        keys = ["target_loss", "source_loss"]
+        if line["split"] == "valid":
+            keys = ["auc", "gauc", "logloss", *CLASS_METRICS, *(k for k in values if k.startswith(FULL))]
         text = "  ".join(f"{k} {values[k]:.4f}" for k in keys if values.get(k) is not None)
         if self._bar is not None:
             self._bar.n = step

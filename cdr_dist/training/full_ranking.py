@@ -19,7 +19,7 @@ from cdr_dist.data.dataset import FIRST_ID
 from cdr_dist.data.feature_names import of_target_item
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
 from cdr_dist.embeddings.workers import sum_over_workers, world_size
-from cdr_dist.evaluation.metrics import all_gather_rows, gains_at_ranks
+from cdr_dist.evaluation.metrics import FULL, all_gather_rows, gains_at_ranks
 from cdr_dist.models.pairs import ByProduct, PairScorer, pair_scorer
 from cdr_dist.training.positives import Positives, finite, positives_held
 from cdr_dist.training.product_ranks import ranks_by_product
@@ -60,7 +60,7 @@ def full_ranking(session: Session, split: str, ks: Sequence[int]) -> dict[str, f
     if world_size() > 1:
         rows = all_gather_rows(rows)
     _, above, tied = rows.cpu().numpy()[np.argsort(rows[:, 0].cpu().numpy())].T
-    return {f"full_{name}": value for name, value in gains_at_ranks(above, tied, ks).items()}
+    return {f"{FULL}{name}": value for name, value in gains_at_ranks(above, tied, ks).items()}
 
 
 def _by_score(session: Session, scorer: PairScorer, held: Sequence[Positives]) -> NDArray[np.int64]:

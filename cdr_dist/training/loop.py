@@ -14,9 +14,9 @@ from cdr_dist.data.hashing import key
 from cdr_dist.embeddings.workers import max_over_workers
 from cdr_dist.errors import UserError
 from cdr_dist.training.checkpoint import Checkpoints, Progress
-from cdr_dist.training.evaluate import evaluate
 from cdr_dist.training.replicas import compare_replicas
 from cdr_dist.training.session import Session
+from cdr_dist.training.split_metrics import validation_metrics
 
 WARM_UP_STEPS = 20
 """Steps that throughput leaves out."""
@@ -145,7 +145,7 @@ class Loop:
 
     def _validate(self, phase: Phase) -> None:
         p, options = self.progress, self._session.config.evaluation
-        values = evaluate(self._session, "valid")
+        values = validation_metrics(self._session)
         if options.metric not in values:
             raise UserError(f"evaluation.metric={options.metric}: not among {', '.join(sorted(values))}")
         value = values[options.metric]

@@ -22,14 +22,13 @@ from cdr_dist.training import lease
 from cdr_dist.training.checkpoint import Checkpoints
 from cdr_dist.training.checks import build_updates
 from cdr_dist.training.digest import parameters_sha256
-from cdr_dist.training.evaluate import evaluate
-from cdr_dist.training.full_ranking import full_ranking
 from cdr_dist.training.learned_weights import against_truth, learned_weights
 from cdr_dist.training.loop import Loop, Phase
 from cdr_dist.training.memory import check_memory_here, keep_freed_memory
 from cdr_dist.training.mirrors import mirrors_of
 from cdr_dist.training.run_folder import SCORES, RunFolder
 from cdr_dist.training.session import Session
+from cdr_dist.training.split_metrics import split_metrics
 from cdr_dist.training.start_vectors import start_from_vectors
 from cdr_dist.training.talk import OverGroup
 from cdr_dist.training.tracking import Recorder, Silent
@@ -133,9 +132,8 @@ def _summary(
     p, manifest = loop.progress, session.manifest
     digest = parameters_sha256(session)
     checkpoints.load_parameters(checkpoints.of_step(p.best_step))
-    metrics = {"valid": evaluate(session, "valid"), "test": evaluate(session, "test", place.file(SCORES))}
-    for split, values in metrics.items():
-        values |= full_ranking(session, split, config.evaluation.full_ks)
+    scores = {"valid": None, "test": place.file(SCORES)}
+    metrics = {s: split_metrics(session, s, config.evaluation.full_ks, file) for s, file in scores.items()}
     passes = dict(session.passes)
     weights = learned_weights(session) if session.perceptron is not None else None
     predicted = p.step * loop.passes_a_step + p.upper_steps * config.hypergradient.passes
