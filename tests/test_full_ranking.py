@@ -18,6 +18,7 @@ from cdr_dist.evaluation.metrics import ranking
 from cdr_dist.models.conet import CoNet
 from cdr_dist.models.pairs import _RowByRow, pair_scorer
 from cdr_dist.training import full_ranking as module
+from cdr_dist.training import positives, product_ranks
 from cdr_dist.training.evaluate import evaluation_rows
 from cdr_dist.training.evaluation_job import evaluation_job
 from cdr_dist.training.session import Session
@@ -56,8 +57,12 @@ DATA = ["rated", "sampled"]
 
 
 @contextlib.contextmanager
-def _trained(data, recipe, change=None):
-    config = from_words([f"data={data}", f"recipe={recipe}", "batch.size=64", "trainer.workers=1", "trainer.epochs=1"])
+def _trained(data, recipe, change=None, exclude="train"):
+    """recipe: mf: matrix factorisation, whose logits are a product."""
+    given = ["recipe=target_only", "model=mf", "tables.lr=0.3"] if recipe == "mf" else [f"recipe={recipe}"]
+    given += ["batch.size=64", "trainer.workers=1", "trainer.epochs=1", f"evaluation.full_exclude={exclude}"]
+    given += ["model.loss=bce"] if recipe == "mf" and data.endswith("rated") else []
+    config = from_words([f"data={data}", *given])
     (phase,) = phases_of(config)
     session = Session(config, data, phase.cycle)
     for update in dict.fromkeys(phase.cycle):
@@ -72,16 +77,18 @@ def _trained(data, recipe, change=None):
         session.close()
 
 
-def ranked(rank, data, recipe, small=True, change=None):
+def ranked(rank, data, recipe, small=True, change=None, exclude="train"):
     with contextlib.ExitStack() as held:
-        session = held.enter_context(_trained(data, recipe, change))
+        session = held.enter_context(_trained(data, recipe, change, exclude))
         if small:  # several lookups, several looks at what is settled
-            for name, value in (("LOOKED_UP", 33), ("COLUMNS", 7), ("PAIRS", 28), ("HELD_ROWS", 1)):
+            for name, value in (("LOOKED_UP", 33), ("COLUMNS", 7), ("PAIRS", 28)):
                 held.enter_context(replaced(module, name, value))
+            held.enter_context(replaced(positives, "HELD_ROWS", 1))
+            held.enter_context(replaced(product_ranks, "TILE_ITEMS", 24))
         return module.full_ranking(session, "test", KS)
 
 
-def by_brute_force(rank, data, recipe):
+def by_brute_force(rank, data, recipe, exclude="train"):
     """Every row with label 1, every item, one forward pass a row; the metrics of lists of stored negatives."""
     groups, labels, scores = [], [], []
     with _trained(data, recipe) as session, torch.no_grad():
@@ -95,21 +102,21 @@ def by_brute_force(rank, data, recipe):
             found = session.tables.read(ids_by_table(batch.train, session.features))
             found = rows_by_feature(found, batch.train, session.features)
             asked = session.builder.target_items(items)
-            tables = {f: session.features[f] for f in ITEM_FEATURES}
+            tables = {f: session.features[f] for f in ITEM_FEATURES if f in session.features}
             of_items = rows_by_feature(session.tables.read(ids_by_table(asked, tables)), asked, tables)
             for i in np.flatnonzero((batch.label > 0).numpy()):
                 own = int(batch.train["target_item"].values()[i])
                 many = {f: found[f][i].expand(len(items), -1) for f in found} | of_items
                 logit = session.model(many, None).target_logit.numpy()
                 for item, score in zip(items.tolist(), logit, strict=True):
-                    if item == own or item not in trained.get(int(batch.user[i]), ()):
+                    if item == own or exclude == "none" or item not in trained.get(int(batch.user[i]), ()):
                         groups.append(int(batch.example[i]))
                         labels.append(float(item == own))
                         scores.append(float(score))
     return {f"full_{name}": value for name, value in ranking(groups, labels, scores, KS).items()}
 
 
-@pytest.mark.parametrize("recipe", ["joint", "target_only"])
+@pytest.mark.parametrize("recipe", ["joint", "target_only", "mf"])
 @pytest.mark.parametrize("name", DATA)
 def test_ranks_are_those_of_scoring_everything_and_the_same_on_any_number_of_workers(name, recipe):
     data = str(getattr(datasets, name)())
@@ -120,6 +127,16 @@ def test_ranks_are_those_of_scoring_everything_and_the_same_on_any_number_of_wor
     for workers in (1, 2, 3):
         for found in on_workers(workers, ranked, data, recipe):
             assert found == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("recipe", ["joint", "mf"])
+def test_a_positive_has_to_beat_what_its_user_trained_on_where_nothing_is_excluded(recipe):
+    data = str(datasets.sampled())
+    (expected,) = on_workers(1, by_brute_force, data, recipe, "none")
+    (found,) = on_workers(1, ranked, data, recipe, True, None, "none")
+    assert found == pytest.approx(expected, abs=1e-12)
+    (without,) = on_workers(1, ranked, data, recipe)
+    assert found["full_mrr@10"] < without["full_mrr@10"]
 
 
 def test_equal_scores_share_their_ranks():

@@ -167,6 +167,11 @@ class Manifest:
         """Identifies the dataset: a hash over all of the above, and so over the checksums of its files."""
         return checksum_of(self._entries())
 
+    @property
+    def classes(self) -> int:
+        """How many classes the target items are (prepare's classes=); 0: they are items."""
+        return int(self.options.get("classes") or 0)
+
     def is_or_was(self, checksum: str) -> bool:
         """Whether what was made from a dataset of this checksum was made from this one, or from it with more users."""
         return checksum in (self.checksum, *self.before)

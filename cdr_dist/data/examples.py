@@ -13,12 +13,12 @@ import pyarrow as pa
 
 from cdr_dist.data import hashing, partitions, spill, splits, storage
 from cdr_dist.data.behaviours import Behaviours, Ints, Slices, most_recent
-from cdr_dist.data.dataset import EXAMPLE_SCHEMA, FOLDERS, SEQUENCES, UNKNOWN, USERS
+from cdr_dist.data.dataset import EXAMPLE_SCHEMA, FIRST_ID, FOLDERS, SEQUENCES, UNKNOWN, USERS
 from cdr_dist.data.partitions import Partition
 from cdr_dist.data.prepare_options import PrepareOptions
 from cdr_dist.data.sequences import in_sequences, sequence_rows
 from cdr_dist.data.shuffle import Buckets
-from cdr_dist.data.stored_negatives import stored_negatives
+from cdr_dist.data.stored_negatives import Catalogue, Rows, stored_negatives
 from cdr_dist.data.user_rows import user_rows
 
 TARGET_CANDIDATES = 1000
@@ -33,7 +33,7 @@ class Build:
     partition: Partition
     user_ids: str  # spill files: of the users, by partition
     cold_ids: str  # of the users without examples, likewise
-    items: dict[str, str]  # of each domain's items: item_id, known, id, category_id
+    items: dict[str, str]  # of each domain's items: item_id, known, id, category_id; count, where draws go by it
     target_items: int
     buckets: Buckets
     scratch: str
@@ -97,6 +97,7 @@ class Examples:
     item_trains: np.ndarray  # of each target row: is its item in any training row
     target_category: np.ndarray  # of each target row, as source_category of each source row
     source_category: np.ndarray
+    target_counts: np.ndarray | None = None  # of each target item: training behaviours, where draws go by them
 
     @classmethod
     def read(cls, task: Build) -> Examples:
@@ -116,6 +117,7 @@ class Examples:
             target_items["known"].to_numpy()[target.item],
             kinds[0][target.item],
             kinds[1][source.item],
+            _training_counts(task),
         )
 
     @cached_property
@@ -240,14 +242,29 @@ class Examples:
         kept, slices = self.source_history
         return (slices.starts - self.source.where(kept).starts[self.target.user]).astype(np.int32)
 
+    @cached_property
+    def _never_drawn(self) -> Behaviours:
+        """Behaviours whose items are no negatives of their users; a row's own item never is one."""
+        exclude = self.options.eval_exclude
+        kept = self.target.label > 0 if exclude != "item" else np.zeros(len(self.split), dtype=bool)
+        return self.target.where(kept & (self.split == splits.TRAIN) if exclude == "train" else kept)
+
+    @cached_property
+    def _catalogue(self) -> Catalogue:
+        options, weight = self.options, None
+        if options.eval_sampling == "popularity":
+            assert self.target_counts is not None
+            weight = np.where(self.target_counts > 0, self.target_counts.astype(float) ** options.eval_power, 0.0)
+        return Catalogue(self.target_items, options.stored_negatives, weight, options.eval_replacement)
+
     def _negatives(self, rows: slice | Ints) -> pa.ListArray:
         options, evaluated = self.options, self.split[rows] != splits.TRAIN
         count = options.stored_negatives
         drawn = np.zeros(0, dtype=np.int64)
         if count:
-            user, example_id = self.target.user[rows][evaluated], self.example_id[rows][evaluated]
-            positives = self.target.where(self.target.label > 0)
-            drawn = stored_negatives(options.seed, user, example_id, positives, self.target_items, count).ravel()
+            of = (self.target.user, self.example_id, self.target.item)
+            some = Rows(*(values[rows][evaluated] for values in of))
+            drawn = stored_negatives(options.seed, some, self._never_drawn, self._catalogue).ravel()
         ends = np.cumsum(evaluated * count)
         return Slices(ends - evaluated * count, ends).of(drawn.astype(np.int32))
 
@@ -266,6 +283,16 @@ class _Cold:
         keys = partitions.read_ordered(task.partition, "cold")["user_id"]
         ids = spill.read([task.cold_ids], task.partition.number)["id"].to_numpy()
         return cls(keys, ids, *(_of_cold(task, role, len(keys)) for role in ("target", "source")))
+
+
+def _training_counts(task: Build) -> np.ndarray | None:
+    items = pl.DataFrame(pl.from_arrow(spill.read([task.items["target"]], 0)))
+    if "count" not in items.columns:
+        return None
+    items = items.filter(pl.col("id") >= FIRST_ID)
+    found = np.zeros(task.target_items, dtype=np.int64)
+    found[items["id"].to_numpy() - FIRST_ID] = items["count"].to_numpy()
+    return found
 
 
 def _users(task: Build, examples: Examples, cold: _Cold) -> pa.Table:

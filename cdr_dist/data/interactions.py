@@ -47,13 +47,13 @@ def read(
     source = formats.of(options.format)
     needed = needed_columns(options, role, source.column_names(uri), has_item_file)
     source.require_columns(uri, needed)
-    left_out = forgotten.of(options)
+    left_out, classes = forgotten.of(options), options.classes if role == "target" else 0
     for first, batch in source.first_rows(source.batches(uri, sorted(set(needed.values()))), uri):
         raw, place = pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch]))), _Place(source, uri, first)
         if domain:
             own = (raw[options.domain_column(role)].cast(pl.String) == domain).fill_null(False)
             raw, place = raw.filter(own), _Place(source, uri, first, own.arg_true())
-        rows = _within(_typed(raw, needed, options, place), options)
+        rows = _within(_typed(raw, needed, options, place, classes), options)
         rows = left_out.left_out_of(rows, "user_id")
         yield rows.with_columns(_prefixed(prefix, rows[name]) for name in ("item_id", "category")) if prefix else rows
 
@@ -82,15 +82,20 @@ class _Place:
         return UserError(f"{self.uri}: {self._unit} {row}: " + message.format(shown or " (empty)"))
 
 
-def _typed(raw: pl.DataFrame, needed: dict[str, str], options: PrepareOptions, place: _Place) -> pl.DataFrame:
+def _typed(
+    raw: pl.DataFrame, needed: dict[str, str], options: PrepareOptions, place: _Place, classes: int
+) -> pl.DataFrame:
     columns = {option.rpartition(".")[2]: raw[name] for option, name in needed.items()}
     ratings = _ratings(columns["rating"], place) if "rating" in columns else None
     labels = pl.repeat(1.0, raw.height, eager=True) if ratings is None else (ratings > options.threshold)
     categories = columns.get("category", pl.repeat(None, raw.height, dtype=pl.String, eager=True))
+    items = _null_where(_ids(columns["item"], "item", place), options.unknown)
+    if classes:
+        _check_classes(items, classes, place)
     return pl.DataFrame(
         {
             "user_id": _ids(columns["user"], "user", place),
-            "item_id": _null_where(_ids(columns["item"], "item", place), options.unknown),
+            "item_id": items,
             "timestamp": _timestamps(columns["timestamp"], place),
             "label": labels.cast(pl.Float32),
             "category": _null_where(categories.cast(pl.String), ""),
@@ -101,6 +106,13 @@ def _typed(raw: pl.DataFrame, needed: dict[str, str], options: PrepareOptions, p
 
 def _null_where(text: pl.Series, nothing: str) -> pl.Series:
     return pl.select(pl.when(text != nothing).then(text)).to_series()
+
+
+def _check_classes(items: pl.Series, classes: int, place: _Place) -> None:
+    bad = ~items.is_in([str(number) for number in range(classes)])
+    if bad.any():
+        message = "item{} is no class: classes=" + f"{classes} wants whole numbers 0 to {classes - 1}"
+        raise place.error(bad, message, items)
 
 
 def _ids(values: pl.Series, what: str, place: _Place) -> pl.Series:

@@ -23,6 +23,8 @@ CHOICES = {
     "users": ("both", "target"),
     "vocab": ("all", "train"),
     "history": ("past", "train"),
+    "eval_sampling": ("uniform", "popularity"),
+    "eval_exclude": ("positives", "train", "item"),
 }
 REQUIRED = ("source", "target", "out")
 OWN = tuple(f"{role}_{group}." for role in ("source", "target") for group in ("columns", "item_columns"))
@@ -106,6 +108,16 @@ class PrepareOptions:
     labels: str = option("rating", "rating: label 1 where rating > threshold; sampled: all 1, negatives drawn")
     threshold: float = option(3.0, "ratings above it are positive (labels=rating)")
     eval_negatives: int = option(1, "negatives stored with a validation or test row (labels=sampled)")
+    eval_sampling: str = option(
+        "uniform", "how these are drawn; popularity: by an item's training behaviours, to eval_power"
+    )
+    eval_power: float = option(1.0, "popularity: behaviours to this power are the weights of a draw")
+    eval_replacement: bool = option(False, "whether an item may be drawn for a row more than once")
+    eval_exclude: str = option(
+        "positives",
+        "not drawn; positives: the user's in any split; train: those in training and the row's item; item: that alone",
+    )
+    classes: int = option(0, "N: the target log's items are classes 0..N-1, all of which the dataset knows; 0: items")
     split: str = option(
         "leave_last", "leave_last: last behaviour test, last but one validation; time; by shares: instance, user"
     )
@@ -161,12 +173,15 @@ class PrepareOptions:
             ("sequences", 0),
             ("feature_items", 1),
             ("feature_values", 1),
+            ("classes", 0),
             ("workers", 0),
             ("partitions", 0),
             ("rows_per_shard", 1),
         ):
             value = getattr(self, name)
             check(value >= least, f"{name}={value}: must be {least} or more")
+        check(0 < self.eval_power < math.inf, f"eval_power={self.eval_power}: must be above 0 and finite")
+        check(self.classes != 1, "classes=1: there must be two or more")
         check(math.isfinite(self.threshold), f"threshold={self.threshold}: must be a finite number")
         check(not (self.forgotten and self.extends), "forgotten= goes without extends=, whose dataset has its own")
         self._check_times()

@@ -55,7 +55,7 @@ def merge_items(
         pending.append(partitions.read_ordered(part, f"{domain}_items"))
         if sum(p.height for p in pending) > merged.height:  # so that the work stays linear
             merged, pending = _merge_items([merged, *pending]), []
-    merged = _merge_items([merged, *pending]).sort("item_id")
+    merged = _merge_items([merged, *pending, _all_classes(options, domain)]).sort("item_id")
     if described is not None:
         merged = merged.join(described, on="item_id", how="left", maintain_order="left", suffix="_described")
         merged = merged.with_columns(pl.coalesce("category_described", "category").alias("category"))
@@ -66,7 +66,8 @@ def merge_items(
     def before(name: str) -> Numbered:
         return earlier.numbered(f"{domain}_{name}") if earlier else Numbered.nothing()
 
-    merged = number(merged, "item_id", options.vocab == "train", before("item"))
+    of_classes = domain == "target" and options.classes > 0
+    merged = number(merged, "item_id", options.vocab == "train" and not of_classes, before("item"))
     known = merged.filter(pl.col("id") >= FIRST_ID)
     kept = _number_keys(known["category"].unique(), before("category"))
     named = merged.join(kept.rename({"key": "category", "id": "category_id"}), on="category", how="left")
@@ -79,6 +80,13 @@ def merge_items(
         values[column] = _number_keys(shared, before(column))
         named = named.with_columns(_value_ids(named[column], values[column]))
     return Items(named, kept, values)
+
+
+def _all_classes(options: PrepareOptions, domain: str) -> pl.DataFrame:
+    """A row for every class, as of an item that never occurs."""
+    numbers = [str(n) for n in range(options.classes if domain == "target" else 0)]
+    items = pl.DataFrame({"item_id": pl.Series(numbers, dtype=pl.String)})
+    return items.select("item_id", category=pl.lit(None, dtype=pl.String), known=pl.lit(False))
 
 
 def _with_earlier(items: pl.DataFrame, earlier: pl.DataFrame) -> pl.DataFrame:

@@ -21,6 +21,8 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 RANKING = ("hr", "ndcg", "mrr")
+FULL = "full_"
+"""What begins their names where a positive is ranked among all items."""
 
 
 class Predictions:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cdr_dist.errors import UserError
+from cdr_dist.models.pairs import DotProduct
 from cdr_dist.models.protocol import Labels, Output, Spec, cross_entropy
 
 LOSSES = ("bpr", "bce")
@@ -45,6 +46,19 @@ class MatrixFactorisation(nn.Module):
         user, item = embedded["user"], embedded["target_item"]
         features = torch.cat([item[:, :1], user[:, 1:] * item[:, 1:]], dim=1)
         return Output(features.sum(1) + self.bias, None, features)
+
+    def pair_scorer(self) -> DotProduct:
+        """An item's own bias is times 1, and the one of all items goes into it."""
+
+        def row_part(embedded: Mapping[str, Tensor], _batch: Labels) -> Tensor:
+            user = embedded["user"]
+            return torch.cat([torch.ones_like(user[:, :1]), user[:, 1:]], dim=1)
+
+        def item_part(embedded: Mapping[str, Tensor]) -> Tensor:
+            item = embedded["target_item"]
+            return torch.cat([item[:, :1] + self.bias, item[:, 1:]], dim=1)
+
+        return DotProduct(row_part, item_part)
 
     def initial_values(self) -> dict[str, Tensor]:
         return {"bias": torch.zeros(())}

@@ -5,9 +5,9 @@ A backbone with a method `pair_scorer()` that returns a `PairScorer` is scored w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,6 +33,35 @@ class PairScorer(Protocol):
     def logits(self, rows: Tensor, items: Tensor) -> Tensor:
         """rows [.., p] and items [.., q] of the same or broadcast leading sizes -> target logits [..]."""
         ...
+
+
+@runtime_checkable
+class ByProduct(PairScorer, Protocol):
+    """One whose logits are a matrix product, and so says it: all items are then ranked several times as fast."""
+
+    def matrix(self, rows: Tensor, items: Tensor) -> Tensor:
+        """rows [n, p] and items [m, q] -> target logits [n, m], each of one row and one item alone; a new tensor."""
+        ...
+
+
+class DotProduct:
+    """A row's vector times an item's: the two functions are a `PairScorer`'s row_part and item_part, p = q.
+
+    What is added for an item (a bias) is the product of one more value with a row's 1.
+    """
+
+    def __init__(
+        self,
+        row_part: Callable[[Mapping[str, Tensor], Labels], Tensor],
+        item_part: Callable[[Mapping[str, Tensor]], Tensor],
+    ) -> None:
+        self.row_part, self.item_part = row_part, item_part
+
+    def logits(self, rows: Tensor, items: Tensor) -> Tensor:
+        return (rows * items).sum(-1)
+
+    def matrix(self, rows: Tensor, items: Tensor) -> Tensor:
+        return rows @ items.t()
 
 
 def pair_scorer(model: Backbone) -> PairScorer:

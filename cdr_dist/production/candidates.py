@@ -29,7 +29,8 @@ from cdr_dist.data.dataset import FIRST_ID, PADDING, USERS, Manifest
 from cdr_dist.data.lists import Lists
 from cdr_dist.data.stored_rows import StoredRows
 from cdr_dist.models.pairs import PairScorer
-from cdr_dist.training.full_ranking import finite, item_parts, pair_scores
+from cdr_dist.training.full_ranking import item_parts, pair_scores
+from cdr_dist.training.positives import finite
 
 if TYPE_CHECKING:
     from cdr_dist.training.session import Session

@@ -39,7 +39,8 @@ from cdr_dist.production.recommendation_options import RecommendOptions
 from cdr_dist.production.top import Top
 from cdr_dist.production.trained import Trained
 from cdr_dist.training.evaluate import evaluation_rows, one_ahead
-from cdr_dist.training.full_ranking import COLUMNS, LOOKED_UP, PAIRS, finite, item_parts, pair_scores
+from cdr_dist.training.full_ranking import COLUMNS, LOOKED_UP, PAIRS, item_parts, pair_scores
+from cdr_dist.training.positives import finite
 
 if TYPE_CHECKING:
     from cdr_dist.training.session import Session

@@ -18,13 +18,14 @@ from cdr_dist.data.histories import History
 from cdr_dist.data.truth import FILE
 from cdr_dist.embeddings.options import TableSpec
 from cdr_dist.errors import UserError, nearest
-from cdr_dist.evaluation.metrics import RANKING
+from cdr_dist.evaluation.classification import METRICS as CLASS_METRICS
+from cdr_dist.evaluation.metrics import FULL, RANKING
 from cdr_dist.models.protocol import Output
 from cdr_dist.training.mirrors import check_mlflow
 from cdr_dist.training.options import PhaseConfig
 
 METRICS = ("auc", "gauc", "logloss")
-RANKED = re.compile(rf"(?:{'|'.join(RANKING)})@(\d+)")
+RANKED = re.compile(rf"({FULL})?(?:{'|'.join(RANKING)})@(\d+)")
 WEIGHED = ("target_item", "target_category", "source_item", "source_category")
 """What the perceptron reads through the model's tables."""
 
@@ -251,10 +252,18 @@ def _check_metric(config: TrainConfig, manifest: Manifest) -> None:
         raise UserError(
             f"evaluation.ks={ks}: {config.data} stores no negatives to rank (labels=rating); leave it empty"
         )
+    if manifest.classes == 2 and config.evaluation.positive_class not in (0, 1):
+        raise UserError(f"evaluation.positive_class={config.evaluation.positive_class}: classes are 0 and 1")
     if metric in METRICS:
+        return
+    if metric in CLASS_METRICS:
+        if not manifest.classes:
+            raise UserError(f"evaluation.metric={metric}: {config.data} has no classes; prepare it with classes=N")
         return
     ranked = RANKED.fullmatch(metric)
     if ranked is None:
-        raise UserError(f"evaluation.metric={metric}: choose {', '.join(METRICS)}, hr@K, ndcg@K or mrr@K")
-    if int(ranked[1]) not in ks:
-        raise UserError(f"evaluation.metric={metric}: needs evaluation.ks=[{ranked[1]}]")
+        known = ", ".join((*METRICS, *CLASS_METRICS))
+        raise UserError(f"evaluation.metric={metric}: choose {known}, hr@K, ndcg@K, mrr@K, full_hr@K, ...")
+    of, k = ("full_ks" if ranked[1] else "ks"), ranked[2]
+    if int(k) not in getattr(config.evaluation, of):
+        raise UserError(f"evaluation.metric={metric}: needs evaluation.{of}=[{k}]")

@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from cdr_dist import logs
 from cdr_dist.errors import UserError
+from cdr_dist.evaluation.classification import METRICS as CLASS_METRICS
+from cdr_dist.evaluation.metrics import FULL
 from cdr_dist.training.run_folder import RunFolder
 
-
-VALIDATION, LOSSES = ("auc", "gauc", "logloss", "nll"), ("target_loss", "source_loss", "nll")
+VALIDATION, LOSSES = ("auc", "gauc", "logloss", *CLASS_METRICS, "nll"), ("target_loss", "source_loss", "nll")
 """What is shown of a line of metrics.jsonl, where it has it."""
 
 
@@ -69,7 +70,8 @@ class Console:
             for table, rows in values.items():
                 self._say(step, f"{rows} rows of table {table} start from given vectors")
             return
-        keys = VALIDATION if line["split"] == "valid" else LOSSES
+        keys: list[str] = [*VALIDATION, *(k for k in values if k.startswith(FULL))]
+        keys = keys if line["split"] == "valid" else [*LOSSES]
         text = "  ".join(f"{k} {values[k]:.4f}" for k in keys if values.get(k) is not None)
         if self._bar is not None:
             self._bar.n = step

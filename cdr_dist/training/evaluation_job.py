@@ -11,11 +11,10 @@ from cdr_dist.data.shards import verify
 from cdr_dist.errors import UserError, nearest
 from cdr_dist.training.best import best_of_run
 from cdr_dist.training.checkpoint import best_step
-from cdr_dist.training.evaluate import evaluate
-from cdr_dist.training.full_ranking import full_ranking
 from cdr_dist.training.launch import alone, quiet_libraries
 from cdr_dist.training.options import one_of
 from cdr_dist.training.run_folder import RunFolder
+from cdr_dist.training.split_metrics import split_metrics
 from cdr_dist.training.start import check_fits
 
 OPTIONS = ("run", "split", "data", "scores", "full_ks")
@@ -75,6 +74,5 @@ def evaluate_run(
         check_fits(place, config, folder, manifest)
     verify(folder, manifest, how=config.trainer.verify)
     with alone(), best_of_run(config, folder, place, step, grown=data is not None) as session:
-        found = evaluate(session, split, scores)
-        found |= full_ranking(session, split, config.evaluation.full_ks if full_ks is None else full_ks)
+        found = split_metrics(session, split, config.evaluation.full_ks if full_ks is None else full_ks, scores)
     return step, {name: value if value == value else None for name, value in found.items()}

@@ -27,7 +27,8 @@ class Update(Protocol):
     """One kind of update. `counts`: whether it is a step of the run; `passes`: backward passes of one; `stream`: the
     attribute of the session that its batches come from (of those that count).
 
-    `run` returns numbers equal on all workers. `evaluate` (of those that count) measures a split.
+    `run` returns numbers equal on all workers. Of those that count, `validate` measures the validation split, its
+    metric among the rest, and `measure` everything of a split, with scores to a file where it has any.
     """
 
     counts: bool
@@ -40,7 +41,9 @@ class Update(Protocol):
 
     def run(self, stop_wanted: bool) -> dict[str, float]: ...
 
-    def evaluate(self, split: str, scores: str | None = None) -> dict[str, float]: ...
+    def validate(self, metric: str) -> dict[str, float]: ...
+
+    def measure(self, split: str, scores: str | None = None) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ class Loop:
 
     def _validate(self, phase: Phase) -> None:
         p, options = self.progress, self._session.config.evaluation
-        values = phase.step.evaluate("valid")
+        values = phase.step.validate(phase.metric)
         if phase.metric not in values:
             raise UserError(f"evaluation.metric={phase.metric}: not among {', '.join(sorted(values))}")
         value = values[phase.metric]

@@ -12,7 +12,7 @@ from cdr_dist.data.batch import Batch
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
 from cdr_dist.profiling import span
 from cdr_dist.training.accumulation import Part, backward_in_parts
-from cdr_dist.training.evaluate import evaluate
+from cdr_dist.training.split_metrics import split_metrics, validation_metrics
 from cdr_dist.training.weighting import Weighting
 
 if TYPE_CHECKING:
@@ -59,8 +59,11 @@ class Lower:
             found["source_loss"] = source_part
         return found | self.seen
 
-    def evaluate(self, split: str, scores: str | None = None) -> dict[str, float]:
-        return evaluate(self._session, split, scores)
+    def validate(self, metric: str) -> dict[str, float]:
+        return validation_metrics(self._session, metric)
+
+    def measure(self, split: str, scores: str | None = None) -> dict[str, float]:
+        return split_metrics(self._session, split, self._session.config.evaluation.full_ks, scores)
 
     def _at_once(self, batch: Batch, rows: Mapping[str, Tensor]) -> list[Tensor]:
         embedded = rows_by_feature(rows, batch.train, self._session.features)

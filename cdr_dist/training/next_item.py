@@ -44,8 +44,11 @@ class NextItem:
         told, stop = s.dense_step([loss, torch.tensor(float(stop_wanted))])
         return {"loss": told, "nll": told, "stop": stop}
 
+    def validate(self, metric: str) -> dict[str, float]:
+        return self.measure("valid")
+
     @torch.no_grad()
-    def evaluate(self, split: str, scores: str | None = None) -> dict[str, float]:
+    def measure(self, split: str, scores: str | None = None) -> dict[str, float]:
         """`nll`: the mean loss of all positions of the split's sequences, among all items or a fixed draw of them."""
         s = self._session
         s.model.eval()

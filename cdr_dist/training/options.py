@@ -189,18 +189,25 @@ class EvaluationOptions:
     every: int = 0
     """Lower steps between validations; 0: once an epoch."""
     metric: str = "auc"
-    """Validation metric that selects the best checkpoint and stops early: auc, gauc, logloss, hr@K, ndcg@K, mrr@K."""
+    """Validation metric that selects the best checkpoint and stops early: auc, gauc, logloss; hr@K, ndcg@K, mrr@K (of
+    ks); full_hr@K and so on (of full_ks); accuracy, f1 (of a dataset of classes)."""
     patience: int = 3
     """Validations without a better metric after which a phase stops; 0: never."""
     ks: list[int] = field(default_factory=list)
     """K of HR@K, NDCG@K and MRR@K against the stored negatives."""
     full_ks: list[int] = field(default_factory=list)
-    """K of the same, called full_hr@K and so on, among all target items but those that the user trained on: measured
-    once, at the end. Empty: not at all."""
+    """K of the same, called full_hr@K and so on, among all target items: measured once, at the end, and at validations
+    only where metric is one of them. Empty: not at all."""
+    full_exclude: str = "train"
+    """Which items a positive is not ranked among; train: those that the user trained on; none: it has to beat them as
+    well, as in released code."""
+    positive_class: int = 1
+    """Of a dataset of two classes the one whose F1 is f1; of more, f1 is the mean over classes (macro)."""
     batch_size: int = 8192
     """Rows scored at a time, stored negatives included."""
 
     def __post_init__(self) -> None:
+        one_of("evaluation.full_exclude", self.full_exclude, ("train", "none"))
         at_least("evaluation", self, 0, "every", "patience")
         at_least("evaluation", self, 1, "batch_size")
 

@@ -21,7 +21,7 @@ from cdr_dist.training.run_folder import CONFIG, REPORT, RunFolder
 
 MODELS = {"conet": "CoNet", "minet": "MiNet", "dasl": "DASL"}
 """As their papers write them; others are written as the summary has them."""
-METRICS = {"auc": "AUC", "gauc": "AUC within users", "logloss": "log loss"}
+METRICS = {"auc": "AUC", "gauc": "AUC within users", "logloss": "log loss", "accuracy": "accuracy", "f1": "F1"}
 COUNTS = ("rows", "gauc_users")
 
 

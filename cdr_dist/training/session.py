@@ -159,16 +159,19 @@ class Session:
 
         more: columns besides those that a batch needs.
         """
-        sampled = self.manifest.label == "sampled" and split not in SEQUENCES
-        stored = 1 + (self.manifest.eval_negatives if sampled else 0)
         lanes = self.config.stream.lanes
-        rows = lanes * max(1, self.config.evaluation.batch_size // stored)
+        rows = lanes * max(1, self.config.evaluation.batch_size // self.stored_rows)
         columns = [*self.builder.columns(split), *more]
         reader = ShardReader(self.folder, self.manifest, split, columns, replicas=self.replicas)
         return [
             Stream(reader, rows, self.config.stream, self.config.seed, split, lane, lanes, shuffle=False)
             for lane in lanes_of(self.rank, self.workers, lanes)
         ]
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows that a validation or test row becomes: itself and its stored negatives."""
+        return 1 + (self.manifest.eval_negatives if self.manifest.label == "sampled" else 0)
 
     @property
     def lanes_at_most(self) -> int:

@@ -22,7 +22,6 @@ from cdr_dist.training import lease
 from cdr_dist.training.checkpoint import Checkpoints
 from cdr_dist.training.checks import build_updates
 from cdr_dist.training.digest import parameters_sha256
-from cdr_dist.training.full_ranking import full_ranking
 from cdr_dist.training.learned_weights import against_truth, learned_weights
 from cdr_dist.training.loop import Loop, Phase
 from cdr_dist.training.memory import check_memory_here, keep_freed_memory
@@ -140,10 +139,8 @@ def _summary(
     p, manifest, last = loop.progress, session.manifest, loop.phase.step
     digest = parameters_sha256(session)
     checkpoints.load_parameters(checkpoints.of_step(p.best_step))
-    metrics = {"valid": last.evaluate("valid"), "test": last.evaluate("test", place.file(SCORES))}
-    if last.stream == "lower":
-        for split, values in metrics.items():
-            values |= full_ranking(session, split, config.evaluation.full_ks)
+    scores = {"valid": None, "test": place.file(SCORES)}
+    metrics = {split: last.measure(split, file) for split, file in scores.items()}
     passes = dict(session.passes)
     weights = learned_weights(session) if session.perceptron is not None else None
     predicted = p.step * loop.passes_a_step + p.upper_steps * config.hypergradient.passes
