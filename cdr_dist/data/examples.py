@@ -285,11 +285,8 @@ class _Cold:
         return cls(keys, ids, *(_of_cold(task, role, len(keys)) for role in ("target", "source")))
 
 
-def _training_counts(task: Build) -> np.ndarray | None:
-    items = pl.DataFrame(pl.from_arrow(spill.read([task.items["target"]], 0)))
-    if "count" not in items.columns:
-        return None
-    items = items.filter(pl.col("id") >= FIRST_ID)
+def _training_counts(task: Build) -> np.ndarray:
+    items = pl.DataFrame(pl.from_arrow(spill.read([task.items["target"]], 0))).filter(pl.col("id") >= FIRST_ID)
     found = np.zeros(task.target_items, dtype=np.int64)
     found[items["id"].to_numpy() - FIRST_ID] = items["count"].to_numpy()
     return found

@@ -40,7 +40,6 @@ from cdr_dist.data.dataset import (
     read_manifest,
 )
 from cdr_dist.data.earlier import Numbered
-from cdr_dist.data.item_counts import training_counts
 from cdr_dist.data.keys import keys_of_users
 from cdr_dist.data.partitions import Partition, PartitionCounts
 from cdr_dist.data.prepare_inputs import Inputs, inputs_of
@@ -298,10 +297,7 @@ def _builds(
     cold_ids = vocabularies.spill_cold(storage.join(work, "ids", "cold.arrow"), parts, users_before)
     item_ids = {}
     for role, of_role in items.items():
-        columns = of_role.items.select("item_id", "known", "id", "category_id")
-        if role == "target" and options.eval_sampling == "popularity":
-            columns = columns.join(training_counts(parts), on="item_id", how="left", maintain_order="left")
-            columns = columns.with_columns(pl.col("count").fill_null(0))
+        columns = of_role.items.select("item_id", "known", "id", "category_id", "count")
         rows = columns.to_arrow(compat_level=pl.CompatLevel.oldest())
         item_ids[role] = spill.write_all(storage.join(work, "ids", f"{role}.arrow"), rows)
     rows = [

@@ -86,7 +86,8 @@ def _all_classes(options: PrepareOptions, domain: str) -> pl.DataFrame:
     """A row for every class, as of an item that never occurs."""
     numbers = [str(n) for n in range(options.classes if domain == "target" else 0)]
     items = pl.DataFrame({"item_id": pl.Series(numbers, dtype=pl.String)})
-    return items.select("item_id", category=pl.lit(None, dtype=pl.String), known=pl.lit(False))
+    nothing = {"category": pl.lit(None, dtype=pl.String), "known": pl.lit(False), "count": pl.lit(0, dtype=pl.Int64)}
+    return items.select("item_id", **nothing)
 
 
 def _with_earlier(items: pl.DataFrame, earlier: pl.DataFrame) -> pl.DataFrame:
