@@ -13,7 +13,7 @@ from cdr_dist.configuration import TrainConfig
 from cdr_dist.data import feature_names, storage
 from cdr_dist.data.dataset import Manifest, read_manifest
 from cdr_dist.data.histories import History
-from cdr_dist.data.truth import FILE
+from cdr_dist.data.truth import of_categories
 from cdr_dist.embeddings.options import TableSpec
 from cdr_dist.errors import UserError, nearest
 from cdr_dist.evaluation.metrics import RANKING
@@ -79,7 +79,7 @@ def _built(what: str, spec: Any, **more: Any) -> Any:
 def check_updates(config: TrainConfig, folder: str) -> None:
     """What the recipe's updates need: builds them, which loads TorchRec."""
     for update in (u for cycle in build_updates(config) for u in cycle):
-        if getattr(update, "needs_truth", False) and not storage.exists(storage.join(folder, FILE)):
+        if getattr(update, "needs_truth", False) and not of_categories(folder):
             raise UserError(f"recipe={config.recipe.name}: needs data with planted truth, such as data=demo")
         if getattr(update, "learned", False):
             check_weighable(config, build_model(config))
