@@ -119,6 +119,14 @@ def _check_model(config: TrainConfig, manifest: Manifest) -> None:
                 f"{name} reads the feature {feature}, which {config.data} does not have: {how}; "
                 f"there are {', '.join(known)}"
             )
+    unknown = manifest.unknown.get("source_history", 0.0)
+    if manifest.options.get("vocab") == "train":  # then it is later behaviours' items that are unknown
+        unknown = 0.0
+    if any(f.startswith("source_history") for f in model.spec().features) and unknown > config.trainer.max_unknown:
+        raise UserError(
+            f"{config.data}: {unknown:.1%} of the source histories' items are unknown, more than "
+            f"trainer.max_unknown={config.trainer.max_unknown}, and {name} reads them"
+        )
     try:
         histories = len(_TwoLabels.histories["target"].item)
         embedded = {
