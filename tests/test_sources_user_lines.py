@@ -103,7 +103,7 @@ def test_a_table_may_name_the_domain_of_each_row(tmp_path: Path, ending: str) ->
     )
     uri = f"{tmp_path}/log.{ending}"
     log.write_csv(uri) if ending == "csv" else log.write_parquet(uri)
-    words = "columns.domain=tab source_domain=2 target_domain=1 unknown_item=7"
+    words = "columns.domain=tab source_domain=2 target_domain=1 unknown_item=7 least_history=3"
     options, manifest = prepared(f"source={uri} target={uri} {words} out={tmp_path}/out {SHARES}")
     assert options == options_from_words(f"source={uri} {words} out={tmp_path}/out {SHARES}".split())
     rows = [(str(user), str(item), time, 1.0, tab) for user, item, time, tab in log.iter_rows()]
