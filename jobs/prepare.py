@@ -1,6 +1,7 @@
 """Raw logs -> dataset folder.
 
     python jobs/prepare.py format=table source=beauty.tsv.gz target=sports.tsv.gz out=data/beauty-sports
+    python jobs/prepare.py source=events.csv columns.domain=app source_domain=news target_domain=tv out=data/news-tv
 
 Prints a table of counts. A dataset that is there already with the same options is kept. With --check only the options,
 the inputs and the output folder are checked.

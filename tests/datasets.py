@@ -41,6 +41,12 @@ def sampled() -> Path:
     return _written("sampled", labels="sampled", eval_negatives=5)
 
 
+@functools.cache
+def sequenced() -> Path:
+    """The same as sequences to pre-train on, and (source sequence -> target item) instances split by user."""
+    return _written("sequenced", labels="sampled", eval_negatives=5, sequences=8, history_length=8, split="user")
+
+
 def copied(dataset: Path, into: Path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(dataset, into / dataset.name))

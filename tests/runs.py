@@ -12,6 +12,7 @@ import torch
 from cdr_dist.configuration import from_words
 from cdr_dist.training import checkpoint
 from cdr_dist.training.lower import Lower
+from cdr_dist.training.next_item import NextItem
 from cdr_dist.training.run_folder import RunFolder
 from cdr_dist.training.upper import Upper
 from cdr_dist.training.worker import work
@@ -72,9 +73,13 @@ def dying(after, in_upper=False):
     if after is None:
         yield
         return
-    holder = Upper if in_upper else Lower
-    run = holder.run
+    with contextlib.ExitStack() as broken:
+        for holder in [Upper] if in_upper else [Lower, NextItem]:
+            broken.enter_context(replaced(holder, "run", _dies(holder.run, after, in_upper)))
+        yield
 
+
+def _dies(run, after, in_upper):
     def dies(self, stop_wanted):
         due = self._session.passes["lower"] >= after
         if due and not in_upper:
@@ -84,8 +89,7 @@ def dying(after, in_upper=False):
             raise Killed
         return values
 
-    with replaced(holder, "run", dies):
-        yield
+    return dies
 
 
 def newest(run):

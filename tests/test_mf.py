@@ -33,6 +33,14 @@ def test_bpr_is_the_log_sigmoid_of_every_pair():
     assert source is None
 
 
+def test_a_worker_without_rows_takes_part_in_the_backward_pass():
+    model = MatrixFactorisation(3)
+    embedded = {name: torch.zeros(1, 3, requires_grad=True) for name in model.spec().features}
+    labels = SimpleNamespace(label=torch.zeros(1))
+    model.losses(model(embedded, labels), labels)[0].sum().backward()
+    assert not any(of.grad.any() for of in embedded.values())
+
+
 def test_it_learns_who_likes_what(tmp_path):
     for name, data, more in (("bpr", sampled(), []), ("bce", rated(), ["model.loss=bce"])):
         given = [*GIVEN, *more, "tables.lr=0.3", "trainer.max_steps=100", "trainer.epochs=40", "evaluation.patience=0"]

@@ -88,7 +88,7 @@ def fails_with_target(text: str | bytes, words: str = "", name: str = "t.tsv") -
         ("seed=1.5", "seed=1.5: not a whole number"),
         ("seed=1 seed=2", "seed= is given twice"),
         ("split=leave_lst", "split=leave_lst: did you mean 'leave_last'?"),
-        ("format=logs", "format=logs: known: amazon, recbole, table"),
+        ("format=logs", "format=logs: known: amazon, coldrec, recbole, table, windows"),
         ("columns.usr=a", "unknown option columns.usr: did you mean 'columns.user'?"),
         ("split=time", "split=time needs valid_from= and test_from="),
         ("split=time valid_from=3 test_from=3", "valid_from=3 must be before test_from=3"),

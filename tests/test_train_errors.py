@@ -217,6 +217,14 @@ def test_a_damaged_dataset(case, job, tmp_path):
     mistake(job, words(folder, "run"), *expected)
 
 
+def test_source_histories_of_unknown_items(job, tmp_path):
+    """conet does not read them."""
+    folder = edited(copied(rated(), tmp_path), unknown={"source_history": 0.25})
+    assert job(*words(folder, "run"), "--check")[0] == 0
+    message = "25.0% of the source histories' items are unknown, more than trainer.max_unknown=0.05, and model "
+    mistake(job, words(folder, "run", "model=minet"), message)
+
+
 def test_a_changed_dataset_is_not_trained_on_from_where_it_stood(job, tmp_path):
     given = words(rated(), "run", "recipe=joint", "trainer.max_steps=3")
     assert job(*given)[0] == 0

@@ -1,4 +1,4 @@
-"""The demo dataset: planted logs, prepared like anybody's, with the truth and the shape they were made by beside them.
+"""The demo datasets: planted logs, prepared like anybody's, with the truth and the shape they were made by beside them.
 
 The folder appears as a whole or not at all. It grows in `FOLDER.unfinished`, under a lock that ends with its process:
 what a killed writer left is cleared away by the next one, and a second process waits and then uses what is there.
@@ -13,38 +13,50 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import SCHEMA_VERSION, Manifest, read_manifest
+from cdr_dist.data.planted_sequences import PlantedSequences, planted_sequences
 from cdr_dist.data.prepare import prepare
 from cdr_dist.data.prepare_options import PrepareOptions
-from cdr_dist.data.synthetic import Planted, planted_logs
+from cdr_dist.data.synthetic import Planted, PlantedLogs, planted_logs
 from cdr_dist.data.truth import FILE
 from cdr_dist.errors import UserError
 
-DEMO = "demo"
+DEMO, DEMO_SEQUENCES = "demo", "demo_sequences"
 FOLDER = "runs/demo-data"
 """Relative to the current directory, as run folders are."""
+Shape = Planted | PlantedSequences
+DEMOS: dict[str, tuple[str, Shape]] = {
+    DEMO: (FOLDER, Planted()),
+    DEMO_SEQUENCES: ("runs/demo-sequences-data", PlantedSequences()),
+}
+"""What `data=` may name -> its folder and what is planted there."""
 SHAPE_FILE = "planted.json"
 GENERATOR = 3
 """Goes up when the same shape makes other logs."""
 
 
 def dataset_of(data: str) -> str:
-    """The dataset folder that `data=` names; the demo is written on first use."""
-    if data != DEMO:
-        return data
-    folder = Path(FOLDER).absolute()
-    write_planted(Planted(), str(folder))
-    return str(folder)
+    """The dataset folder that `data=` names; a demo is written on first use."""
+    if data in DEMOS:
+        write_planted(DEMOS[data][1], folder_of(data))
+    return folder_of(data)
 
 
-def is_written() -> bool:
-    """Whether the demo is there, made as this program makes it."""
-    return _holds(Path(FOLDER), Planted())
+def folder_of(data: str) -> str:
+    """As `dataset_of`, where nothing need be written yet."""
+    return str(Path(DEMOS[data][0]).absolute()) if data in DEMOS else data
 
 
-def write_planted(shape: Planted, folder: str) -> Manifest:
+def is_written(data: str = DEMO) -> bool:
+    """Whether a demo is there, made as this program makes it."""
+    folder, shape = DEMOS[data]
+    return _holds(Path(folder), shape)
+
+
+def write_planted(shape: Shape, folder: str) -> Manifest:
     """Logs of the given shape as a dataset in a local folder, with truth.parquet and planted.json beside the shards.
 
     What is there is kept if it was made by the same shape, else written anew. UserError: the folder holds something
@@ -60,14 +72,22 @@ def write_planted(shape: Planted, folder: str) -> Manifest:
     return read_manifest(str(out))
 
 
-def _write(shape: Planted, out: Path) -> None:
+def _made(shape: Shape) -> tuple[PlantedLogs, dict[str, Any]]:
+    """The logs, and how they are prepared."""
+    if isinstance(shape, Planted):
+        return planted_logs(shape), {}
+    split = {"split": "user", "valid_share": 0.1, "test_share": 0.2, "sequences": shape.longest}
+    return planted_sequences(shape), split | {"labels": "sampled", "eval_negatives": 99}
+
+
+def _write(shape: Shape, out: Path) -> None:
     # The same place at every start, since the manifest tells where the logs were: a demo that is written anew is then
     # the same dataset to the runs that were trained on it.
     scratch = out.with_name(f"{out.name}.unfinished")
     storage.remove_folder(str(scratch))
     scratch.mkdir()
     try:
-        logs = planted_logs(shape)
+        logs, options = _made(shape)
         logs.source.write_parquet(scratch / "source.parquet")
         logs.target.write_parquet(scratch / "target.parquet")
         new = scratch / "dataset"
@@ -79,6 +99,7 @@ def _write(shape: Planted, out: Path) -> None:
                 target_domain="planted-target",
                 out=str(new),
                 seed=shape.seed,
+                **options,
             )
         )
         logs.truth.write_parquet(new / FILE)
@@ -90,12 +111,12 @@ def _write(shape: Planted, out: Path) -> None:
         storage.remove_folder(str(scratch))
 
 
-def _recorded(shape: Planted) -> dict[str, object]:
+def _recorded(shape: Shape) -> dict[str, object]:
     """What decides the bytes of the dataset."""
     return {"generator": GENERATOR, "schema": SCHEMA_VERSION} | asdict(shape)
 
 
-def _holds(folder: Path, shape: Planted) -> bool:
+def _holds(folder: Path, shape: Shape) -> bool:
     try:
         return json.loads((folder / SHAPE_FILE).read_text()) == _recorded(shape)
     except (OSError, ValueError):

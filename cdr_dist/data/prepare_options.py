@@ -51,7 +51,7 @@ class Columns:
     rating: str = option("rating", "column of the rating; read only with labels=rating")
     category: str = option("category", "column of the item's category; used where no item file is given")
     domain: str = option(
-        "", "column of the row's domain, where one log holds several: source_domain= and target_domain= are its values"
+        "", "column of the row's domain, where a log holds several; source_domain= and target_domain= are values"
     )
 
 
@@ -86,18 +86,20 @@ class PrepareOptions:
     source: str = option(
         "", "log of the source domain: a file, folder, pattern or URI; with commas: of several domains"
     )
-    target: str = option("", "log of the target domain; where one log holds both, source= alone says it all")
+    target: str = option(
+        "", "log of the target domain; not needed where one log holds both (columns.domain=, coldrec, windows)"
+    )
     out: str = option("", "folder of the dataset, local or a URI; must not hold anything else")
     format: str = option(
         "table",
-        "of the logs; table: csv, tsv, Parquet; amazon: review data; recbole: .inter; a user a line: coldrec, windows",
+        "of the logs; table: csv, tsv, Parquet; amazon: reviews; recbole: .inter; coldrec, windows: a user a line",
     )
     source_items: str = option("", "file of the source items' categories; with commas: a file a domain")
     target_items: str = option("", "file of the target items' categories")
     source_domain: str = option("", "name of the source domain, or names with commas; empty: the log's file name")
     target_domain: str = option("", "name of the target domain; empty: the log's file name")
     unknown_item: str = option(
-        "", "item id that stands for any unknown item; empty: of format=coldrec 0, of windows -1, else none"
+        "", "id that stands for any unknown item; empty: coldrec 0, windows -1, other formats none"
     )
     columns: Columns = field(default_factory=Columns)
     item_columns: ItemColumns = field(default_factory=ItemColumns)
@@ -119,7 +121,7 @@ class PrepareOptions:
     )
     classes: int = option(0, "N: the target log's items are classes 0..N-1, all of which the dataset knows; 0: items")
     split: str = option(
-        "leave_last", "leave_last: last behaviour test, last but one validation; time; by shares: instance, user"
+        "leave_last", "leave_last: last behaviour test, last but one validation; time; instance, user: by shares"
     )
     valid_from: int | None = option(None, "first timestamp of validation (split=time)")
     test_from: int | None = option(None, "first timestamp of test (split=time)")

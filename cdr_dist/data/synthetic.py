@@ -77,7 +77,7 @@ def _check(holds: bool, name: str, value: object, wanted: str) -> None:
 
 @dataclass(frozen=True)
 class PlantedLogs:
-    """Logs (user_id, item_id, timestamp, rating, category) and the truth (category, kind)."""
+    """Logs (user_id, item_id, timestamp, rating, category) and the truth: the kind of each source category, or user."""
 
     source: pl.DataFrame
     target: pl.DataFrame

@@ -71,6 +71,6 @@ class MatrixFactorisation(nn.Module):
         assert int(number[0]) == 0 or not positive.any(), "rows of a positive and its negatives are cut apart"
         of_positive = output.target_logit[positive]
         if not len(of_positive):
-            return torch.zeros_like(output.target_logit), None
+            return 0.0 * output.target_logit, None  # a worker without rows has a backward pass all the same
         gap = of_positive.index_select(0, number.clamp(min=0)) - output.target_logit
         return torch.where(positive, torch.zeros_like(gap), functional.softplus(-gap)), None

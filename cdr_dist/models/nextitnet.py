@@ -199,7 +199,7 @@ class NextItNet(nn.Module):
             return torch.where(positive, losses, torch.zeros_like(losses))
         of_positive = logit[positive]
         if not len(of_positive):
-            return torch.zeros_like(logit)
+            return 0.0 * logit  # a worker without rows takes part in the backward pass all the same
         gap = of_positive.index_select(0, (positive.cumsum(0) - 1).clamp(min=0)) - logit
         return torch.where(positive, torch.zeros_like(gap), functional.softplus(-gap))
 

@@ -15,7 +15,7 @@ from cdr_dist.data import feature_names, storage
 from cdr_dist.data.candidates import Candidates
 from cdr_dist.data.dataset import SEQUENCES, Manifest, read_manifest
 from cdr_dist.data.histories import History
-from cdr_dist.data.truth import FILE
+from cdr_dist.data.truth import of_categories
 from cdr_dist.embeddings.options import TableSpec
 from cdr_dist.errors import UserError, nearest
 from cdr_dist.evaluation.classification import METRICS as CLASS_METRICS
@@ -111,7 +111,7 @@ def _built(what: str, spec: Any, **more: Any) -> Any:
 def check_updates(config: TrainConfig, folder: str) -> None:
     """What the recipe's updates need: builds them, which loads TorchRec."""
     for update in (u for cycle in build_updates(config) for u in cycle):
-        if getattr(update, "needs_truth", False) and not storage.exists(storage.join(folder, FILE)):
+        if getattr(update, "needs_truth", False) and not of_categories(folder):
             raise UserError(f"recipe={config.recipe.name}: needs data with planted truth, such as data=demo")
         if getattr(update, "learned", False):
             check_weighable(config, build_model(config))
@@ -152,6 +152,7 @@ def _check_model(config: TrainConfig, manifest: Manifest) -> None:
                 f"{name} reads the feature {feature}, which {config.data} does not have: {how}; "
                 f"there are {', '.join(known)}"
             )
+    _check_unknown(config, manifest, name, model)
     if not config.recipe.target:
         return
     try:
@@ -183,6 +184,21 @@ def _check_model(config: TrainConfig, manifest: Manifest) -> None:
     lost = [h for h in heads if config.recipe.source and not any(n.startswith(h) for n in named)]
     if lost:
         raise UserError(f"{name}: heads() names {lost[0]}, and no parameter's name starts with it")
+
+
+def _check_unknown(config: TrainConfig, manifest: Manifest, name: str, model: Any) -> None:
+    """UserError: too many items of the sequences that the model reads are unknown."""
+    spec = model.spec()
+    read = {"source_history": spec.features, "sequences": spec.sequences}
+    if manifest.options.get("vocab") == "train":  # then it is later behaviours' items that are unknown
+        return
+    for what, features in read.items():
+        unknown = manifest.unknown.get(what, 0.0)
+        if any(f.startswith("source_history") for f in features) and unknown > config.trainer.max_unknown:
+            raise UserError(
+                f"{config.data}: {unknown:.1%} of the items in {what} are unknown, more than "
+                f"trainer.max_unknown={config.trainer.max_unknown}, and {name} reads them"
+            )
 
 
 class _TwoLabels:

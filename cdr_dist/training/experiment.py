@@ -13,7 +13,7 @@ import yaml
 
 from cdr_dist.configuration import CONFIGS, TrainConfig, from_words
 from cdr_dist.data import storage
-from cdr_dist.data.demo import DEMO
+from cdr_dist.data.demo import DEMOS
 from cdr_dist.errors import UserError, nearest
 
 FOLDER = CONFIGS / "experiment"
@@ -209,7 +209,7 @@ def _labelled(folders: Sequence[str]) -> Choices:
 
 def _absolute(data: str) -> str:
     """Runs may take place elsewhere, and in one folder whatever the path was typed as."""
-    return data if data == DEMO or "://" in data else str(Path(data).expanduser().absolute())
+    return data if data in DEMOS or "://" in data else str(Path(data).expanduser().absolute())
 
 
 def _known(what: str, name: str, known: Sequence[str] | Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ import yaml
 from cdr_dist.configuration import CONFIGS, from_words
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import read_manifest
-from cdr_dist.data.demo import DEMO, FOLDER
+from cdr_dist.data.demo import DEMOS, folder_of
 from cdr_dist.errors import Stopped, UserError
 from cdr_dist.evaluation.experiment_report import write_report
 from cdr_dist.evaluation.experiment_tables import Findings, Run, grid_table
@@ -244,13 +244,13 @@ def _points(experiment: Experiment) -> dict[str, float]:
 def _folder(words: Sequence[str]) -> str:
     """The dataset that a choice of data names; the demo's may not be there yet."""
     data = from_words(words).data
-    return str(Path(FOLDER).absolute()) if data == DEMO else data
+    return folder_of(data)
 
 
 def _domains(words: Sequence[str]) -> tuple[str, str] | None:
     """Source and target. UserError: no dataset there; None: the demo, which is written on first use."""
     folder = _folder(words)
-    if from_words(words).data == DEMO:
+    if from_words(words).data in DEMOS:
         return None
     manifest = read_manifest(folder)
     return manifest.source_domain, manifest.target_domain

@@ -7,7 +7,7 @@ import sys
 
 from cdr_dist.configuration import TrainConfig, from_words
 from cdr_dist.data import storage
-from cdr_dist.data.demo import DEMO, dataset_of, is_written
+from cdr_dist.data.demo import DEMOS, dataset_of, is_written
 from cdr_dist.data.shards import verify
 from cdr_dist.training.checkpoint import newest
 from cdr_dist.training.checks import build_updates, check_before_start, check_updates
@@ -40,9 +40,9 @@ def check_run(config: TrainConfig) -> str:
     quiet_libraries()
     place = RunFolder(config.run)
     place.check(config)
-    if config.data == DEMO and not is_written():
+    if config.data in DEMOS and not is_written(config.data):
         build_updates(config)
-        return f"ok: {config.recipe.name} on {DEMO}, which is written on first use"
+        return f"ok: {config.recipe.name} on {config.data}, which is written on first use"
     folder = dataset_of(config.data)
     manifest = check_before_start(config, folder)
     check_updates(config, folder)

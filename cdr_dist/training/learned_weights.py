@@ -18,7 +18,7 @@ from cdr_dist.crash_points import durable
 from cdr_dist.data import storage
 from cdr_dist.data.stored_rows import StoredRows
 from cdr_dist.data.stream import Place
-from cdr_dist.data.truth import FILE, usefulness_by_category
+from cdr_dist.data.truth import of_categories, usefulness_by_category
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
 from cdr_dist.embeddings.workers import world_size
 from cdr_dist.evaluation.metrics import auc
@@ -125,7 +125,7 @@ def against_truth(session: Session, found: pl.DataFrame) -> dict[str, Any] | Non
 
     The AUC asks whether a helpful behaviour's category weighs more than a harmful one's, behaviours counted each.
     """
-    if not storage.exists(storage.join(session.folder, FILE)):
+    if not of_categories(session.folder):
         return None
     kinds = usefulness_by_category(session.folder, session.manifest)
     named = found.with_columns(kind=pl.Series([kinds[c] for c in found["category"]]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cdr_dist.data.demo import DEMO, dataset_of, is_written
+from cdr_dist.data.demo import DEMOS, dataset_of, is_written
 from cdr_dist.errors import UserError, nearest
 from cdr_dist.training.report import write_report
 from cdr_dist.training.run_folder import RunFolder
@@ -26,5 +26,5 @@ def report_job(words: Sequence[str]) -> None:
         raise UserError("run= is missing; see --help")
     place = RunFolder(given["run"])
     config = place.config()
-    gone = config.data == DEMO and not is_written()  # a report is no reason to write it
+    gone = config.data in DEMOS and not is_written(config.data)  # a report is no reason to write it
     print(write_report(place, None if gone else dataset_of(config.data)))

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import PADDING, UNKNOWN, Manifest
-from cdr_dist.data.truth import FILE, KINDS, usefulness_by_category
+from cdr_dist.data.truth import KINDS, of_categories, usefulness_by_category
 from cdr_dist.evaluation.charts import BLUE, GREY, RED, Bar, bars, histogram, intervals
 from cdr_dist.evaluation.report import Chart, Section, Table
 from cdr_dist.training.run_folder import BY_LENGTH, HISTOGRAM, WEIGHTS, RunFolder
@@ -68,7 +68,7 @@ def _named(found: pl.DataFrame, folder: str | None, manifest: Manifest | None) -
             pa.BufferReader(storage.read_bytes(storage.join(folder, manifest.vocab["source_category"].path)))
         ).to_pydict()
         names |= dict(zip(vocabulary["id"], vocabulary["key"], strict=True))
-        if storage.exists(storage.join(folder, FILE)):
+        if of_categories(folder):
             kinds = usefulness_by_category(folder, manifest)
     ids = found["category"].to_list()
     return found.with_columns(

@@ -12,12 +12,12 @@ from cdr_dist.training.run_folder import RunFolder
 
 
 class Recorder:
-    """The loop's watcher on worker 0. Losses are means since the last line."""
+    """The loop's watcher on worker 0. Losses are means since the last line, of one phase."""
 
     def __init__(self, folder: RunFolder, log_every: int, mirrors: Sequence[Mirror] = ()) -> None:
         self._folder, self._log_every, self._mirrors = folder, log_every, mirrors
         self._sums: dict[str, float] = defaultdict(float)
-        self._count = 0
+        self._count, self._phase = 0, ""
         self._files = folder.board()
         self._board = SummaryWriter(str(self._files))
 
@@ -26,6 +26,9 @@ class Recorder:
         self._folder.log(step=0, phase="", split="start", values=rows)
 
     def trained(self, step: int, phase: str, values: dict[str, float]) -> None:
+        if phase != self._phase:
+            self._sums.clear()
+            self._count, self._phase = 0, phase
         for name, value in values.items():
             self._sums[name] += value
         self._count += 1

@@ -1,0 +1,256 @@
+"""Whole runs of sequential transfer: laws 2 to 4 in both phases, what is frozen stays, and what fits what."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from cdr_dist.configuration import from_words
+from cdr_dist.data.batch import Batch
+from cdr_dist.data.dataset import SEQUENCES, read_manifest
+from cdr_dist.data.demo import dataset_of
+from cdr_dist.errors import UserError
+from cdr_dist.training.checks import check_before_start
+from cdr_dist.training.session import Session
+from cdr_dist.training.start import check_start
+from cdr_dist.training.upper import Upper
+from cdr_dist.training.weighting import Learned
+from cdr_dist.training.worker import phases_of
+from tests.datasets import copied, edited, rated, scratch, sequenced
+from tests.problem import replaced
+from tests.processes import on_workers
+from tests.runs import KILLED, distances, lines, newest, same_run, steps_of, summary, tensors, train, words
+
+FINE_TUNED = (
+    "finetune_cls",
+    "finetune_last1",
+    "finetune_last2",
+    "finetune_all",
+    "peterrec",
+    "uaf_hard",
+    "uaf_soft",
+    "uaf_rl",
+    "uaf_random",
+)
+SEQUENTIAL = (
+    "model=nextitnet",
+    "model.dilations=[1,4]",
+    "tables.width=8",
+    "batch.size=32",
+    "batch.sequences=24",
+    "softmax.negatives=12",
+    "trainer.epochs=1",
+    "trainer.max_steps=0",
+    "evaluation.full_ks=[5]",
+    "evaluation.metric=full_mrr@5",
+)
+
+
+def given(run: Path, recipe: str, *more: str) -> list[str]:
+    found = words(sequenced(), run, *SEQUENTIAL, f"recipe={recipe}", *more)
+    return [word for word in found if not word.startswith("upper.")]
+
+
+@functools.cache
+def finished(recipe: str, workers: int = 1, *more: str) -> Path:
+    name = "-".join([recipe, str(workers), *more]).replace("/", "_")
+    run = scratch() / f"transfer-{name}"
+    train(given(run, recipe, *more), workers)
+    return run
+
+
+def pretrained() -> Path:
+    return finished("pretrain")
+
+
+def test_pre_training_sees_every_sequence_once_an_epoch() -> None:
+    folder = str(sequenced())
+    stored = sorted(
+        example
+        for file in Path(folder, SEQUENCES[0]).glob("*.parquet")
+        for example in pq.read_table(file)["example_id"].to_pylist()
+    )
+    seen = [
+        example for of in on_workers(2, _sequences_of_an_epoch, given(scratch() / "x", "pretrain")) for example in of
+    ]
+    assert sorted(seen) == stored
+    assert len(set(stored)) == len(stored) > 24
+
+
+def _sequences_of_an_epoch(rank: int, found: list[str]) -> list[int]:
+    config = from_words(found)
+    session = Session(config, config.data, [u for p in phases_of(config) for u in p.cycle])
+    seen = []
+    while session.sequences.place.epoch == 0:
+        batch = session.sequences.next().batch
+        real = batch.histories["source"].lengths > 0
+        seen += batch.example[real].tolist()
+    session.close()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("recipe", "workers", "more"),
+    [
+        ("uaf", 2, ()),
+        ("uaf", 3, ()),  # the last step of an epoch leaves a worker without rows
+        ("mtl", 3, ("model=nextitnet_mtl",)),
+        ("joint", 2, ("model=nextitnet_mtl", "model.source_positions=all")),
+    ],
+)
+def test_runs_agree_on_any_number_of_workers(recipe: str, workers: int, more: tuple[str, ...]) -> None:
+    one, other = (finished(recipe, n, *more) for n in (1, workers))
+    assert steps_of(other) == steps_of(one)
+    apart = distances(one, other)
+    assert max(apart.values()) < 1e-4, max(apart.items(), key=lambda of: of[1])
+    values = [summary(run)["metrics"]["test"] for run in (one, other)]
+    assert values[0]["full_mrr@5"] == pytest.approx(values[1]["full_mrr@5"], abs=1e-3)
+
+
+def phase_steps(run: Path) -> tuple[int, int]:
+    """Steps at which the phases of a run of two end."""
+    valid = lines(run, "valid")
+    return max(of["step"] for of in valid if of["phase"] == "pretrain"), summary(run)["steps"]
+
+
+@pytest.mark.parametrize("where", ["in the first phase", "where it ends", "in the second phase"])
+def test_a_run_of_two_phases_killed_and_resumed_gives_the_same_bits(where: str, tmp_path: Path) -> None:
+    whole = finished("uaf")
+    first, last = phase_steps(whole)
+    dies = {"in the first phase": first - 2, "where it ends": first, "in the second phase": first + 4}[where]
+    run = given(tmp_path / "run", "uaf")
+    every = max(1, dies - 1)
+    assert train([*run, f"trainer.checkpoint_every={every}"], 1, dies) == [KILLED]
+    assert steps_of(tmp_path / "run") <= dies < last
+    train(run)
+    same_run(whole, tmp_path / "run")
+
+
+def test_both_phases_in_one_run_are_the_two_runs(tmp_path: Path) -> None:
+    whole, first = finished("uaf"), finished("pretrain")
+    second = finished("uaf_hard", 1, f"warm_start.run={first}")
+    assert summary(whole)["steps"] == summary(first)["steps"] + summary(second)["steps"]
+    x, y = tensors(whole), tensors(second)
+    shared = [name for name in y if not name.startswith("dense.optimisers") and "source_output" not in name]
+    assert {"tables.source_item.weights", "tables.target_item.weights"} <= set(shared)
+    # What a policy draws is drawn by epoch and example, not by step: the runs are one but for their steps' numbers.
+    assert [name for name in shared if not torch.equal(x[name], y[name])] == []
+
+
+@pytest.mark.parametrize("recipe", FINE_TUNED)
+def test_what_is_frozen_stays_and_costs_no_state(recipe: str) -> None:
+    run = finished(recipe, 1, f"warm_start.run={pretrained()}")
+    before, after = tensors(pretrained()), tensors(run)
+    model = {
+        n.removeprefix("dense.modules.model."): v for n, v in after.items() if n.startswith("dense.modules.model.")
+    }
+    moved = {
+        n
+        for n, v in model.items()
+        if n.startswith("encoder.blocks") and not torch.equal(v, before["dense.modules.model." + n])
+    }
+    blocks = {n.split(".")[2] for n in moved}
+    wanted = {"finetune_last1": {"1"}, "finetune_last2": {"0", "1"}, "finetune_all": {"0", "1"}, "peterrec": {"0", "1"}}
+    assert blocks == wanted.get(recipe, set())
+    if recipe == "peterrec":
+        assert {n.split(".")[3] for n in moved} == {"norm2"}
+    items = "tables.source_item.weights"
+    assert torch.equal(before[items], after[items]) == (
+        recipe in ("finetune_cls", "finetune_last1", "finetune_last2", "peterrec")
+    )
+    trained = sum(v.numel() for n, v in model.items() if n in moved or not n.startswith("encoder.blocks"))
+    if recipe == "peterrec":  # a norm's weights are all trained, moved or not
+        trained = sum(v.numel() for n, v in model.items() if "norm2" in n or not n.startswith("encoder.blocks"))
+    state = [v for n, v in after.items() if n.startswith("dense.optimisers.model") and n.endswith("exp_avg")]
+    assert sum(v.numel() for v in state) <= trained + 16 * len(model)
+    assert bool(state) == (recipe != "finetune_cls")
+
+
+def test_equal_weights_are_joint_training() -> None:
+    """Law 6, with the next-item loss as the source's: a perceptron that is all zero weighs every behaviour alike."""
+    joint = finished("joint", 1, "model=nextitnet_mtl")
+    run = scratch() / "transfer-equal"
+    train(given(run, "biao", "model=nextitnet_mtl", "upper.hold_out=0.001"), within=_all_alike)
+    x, y = tensors(joint), tensors(run)
+    shared = [n for n in x if n.startswith("tables") or n.startswith("dense.modules.model")]
+    assert max(float((x[n] - y[n]).norm() / x[n].norm().clamp(min=0.1)) for n in shared) < 1e-4
+
+
+@contextlib.contextmanager
+def _all_alike() -> Iterator[None]:
+    def alike(self: Learned, batch: Batch, embedded: object) -> torch.Tensor:
+        return self._perceptron.weights(torch.zeros(len(batch)), batch.source_valid, batch.global_rows)
+
+    with replaced(Learned, "weights", alike), replaced(Upper, "run", lambda self, stop: {}):
+        yield
+
+
+def test_behaviours_are_weighed_by_next_item_losses() -> None:
+    run = finished("biao", 1, "model=nextitnet_mtl", "trainer.epochs=2")
+    upper = lines(run, "upper")
+    assert upper
+    assert all(np.isfinite(of["values"]["hypergradient_norm"]) for of in upper)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "message"),
+    [
+        ("uaf_hard", [], "recipe=uaf_hard: fine-tunes a pre-trained run; name it, warm_start.run=FOLDER"),
+        ("uaf_hard", ["model.dilations=[1,2]"], r"model.dilations is \[1, 4\] there, \[1, 2\] here"),
+        ("uaf_hard", ["tables.width=12"], "tables.width is 8 there, 12 here"),
+        ("uaf_hard", ["recipe.transfer.policy=lstm"], "recipe.transfer.policy=lstm: choose nextitnet or gru"),
+        ("finetune_last2", ["model.dilations=[1]"], "recipe.transfer.last=2: the model has 1 blocks"),
+        ("uaf_rl", ["recipe.transfer.decision.reward=x"], "decision.reward=x: choose paper or released"),
+        ("pretrain", ["model=conet"], "recipe=pretrain: CoNet has no encoder of sequences; take model=nextitnet"),
+    ],
+)
+def test_a_fine_tune_that_does_not_fit_is_one_line(recipe: str, more: list[str], message: str, tmp_path: Path) -> None:
+    start = [] if message.startswith("recipe=uaf_hard: fine") else [f"warm_start.run={pretrained()}"]
+    found = [
+        w for w in given(tmp_path, recipe, *more, *start) if not (more == ["model=conet"] and w.startswith("model."))
+    ]
+    with pytest.raises(UserError, match=message):
+        _checked(found)
+
+
+def _checked(found: list[str]) -> None:
+    config = from_words(found)
+    folder = dataset_of(config.data)
+    check_start(config, folder, check_before_start(config, folder))
+
+
+def test_a_vocabulary_that_is_another_is_named(tmp_path: Path) -> None:
+    other = copied(sequenced(), tmp_path)
+    manifest = read_manifest(str(other))
+    file = other / manifest.vocab["source_item"].path
+    keys = pl.read_parquet(file)
+    keys.with_columns(pl.col("key").reverse()).write_parquet(file)
+    edited(other, seed=9)
+    found = given(tmp_path / "run", "uaf_hard", f"warm_start.run={pretrained()}")
+    with pytest.raises(UserError, match=r"source_item \S+ was \d+ in .* and is \d+ now"):
+        _checked([w for w in found if not w.startswith("data=")] + [f"data={other}"])
+
+
+def test_data_without_sequences_say_how_to_prepare_them(tmp_path: Path) -> None:
+    found = [w for w in given(tmp_path, "pretrain") if not w.startswith("data=")]
+    with pytest.raises(UserError, match="has no source sequences to pre-train on; prepare it with sequences="):
+        _checked([*found, f"data={rated()}", "evaluation.full_ks=[]"])
+
+
+def test_a_second_phase_goes_on_in_the_second_phase(tmp_path: Path) -> None:
+    first, _ = phase_steps(finished("uaf"))
+    run = given(tmp_path / "run", "uaf")
+    train([*run, "trainer.checkpoint_every=2"], 1, first + 3)
+    before = len(lines(tmp_path / "run", "valid"))
+    train(run)
+    later = lines(tmp_path / "run", "valid")[before:]
+    assert newest(tmp_path / "run").name >= f"step-{first:08d}"
+    assert {of["phase"] for of in later} == {"finetune"}
