@@ -19,7 +19,7 @@ from cdr_dist.bilevel.options import PerceptronOptions
 from cdr_dist.bilevel.perceptron import HISTORIES, BehaviouralPerceptron, PerceptronInput
 from tests import reference
 from tests.problem import history, replaced
-from tools import bench, bench_case, bench_check, bench_prepare, bench_prepare_polars, bench_upper
+from tools import bench, bench_case, bench_check, bench_evaluate, bench_prepare, bench_prepare_polars, bench_upper
 from tools.bench_case import ONE_THREAD, Case, Run, measured
 from tools.bench_check import Committed, of_repeats, worse
 from tools.bench_flops import conet_flops, counted_flops, lower_flops, perceptron_flops
@@ -309,3 +309,8 @@ def test_every_suite_runs_quickly(capsys, tmp_path):
     assert {suite for (suite, _), share in shares.items() if share is None} == {"stall", "start"}
     assert not [case for case, share in shares.items() if share is not None and not 0 < share <= 1.5]
     assert all(share is None for (suite, _), share in shares.items() if suite in ("stall", "start"))
+
+
+def test_the_plain_loop_of_products_finds_what_full_ranking_finds(held):
+    case = bench_evaluate.product_case(True, 10, held)
+    assert case.ours() == pytest.approx(case.baseline())

@@ -19,13 +19,16 @@ from cdr_dist.models.conet import CoNet
 from cdr_dist.models.pairs import _RowByRow, pair_scorer
 from cdr_dist.training import full_ranking as module
 from cdr_dist.training import positives, product_ranks
+from cdr_dist.training.console import Console
 from cdr_dist.training.evaluate import evaluation_rows
 from cdr_dist.training.evaluation_job import evaluation_job
+from cdr_dist.training.run_folder import RunFolder
 from cdr_dist.training.session import Session
 from cdr_dist.training.worker import phases_of
 from tests import datasets
 from tests.problem import replaced
 from tests.processes import on_workers
+from tests.runs import lines, summary, train, words
 
 ITEM_FEATURES = ("target_item", "target_category")
 
@@ -165,3 +168,25 @@ def _zero(session):
 
 def _nan(session):
     session.model.target_head.weight.data.fill_(float("nan"))
+
+
+def test_a_full_metric_selects_the_checkpoint_and_is_measured_at_validations_only_then(tmp_path):
+    given = ["model=mf", "recipe=target_only", "tables.lr=0.3", "trainer.max_steps=24", "evaluation.every=8"]
+    given += ["evaluation.full_ks=[3,5]", "evaluation.patience=0"]
+    train(words(datasets.sampled(), tmp_path / "full", *given, "evaluation.metric=full_mrr@5"))
+    train(words(datasets.sampled(), tmp_path / "auc", *given))
+    found, valid = summary(tmp_path / "full"), lines(tmp_path / "full", "valid")
+    best = max(valid, key=lambda line: line["values"]["full_mrr@5"])
+    assert found["best"] == {"step": best["step"], "metric": "full_mrr@5", "value": best["values"]["full_mrr@5"]}
+    for name in ("full_hr@3", "full_ndcg@5", "full_mrr@5"):
+        assert found["metrics"]["valid"][name] == best["values"][name]
+        assert name in found["metrics"]["test"]
+    assert not [name for line in lines(tmp_path / "auc", "valid") for name in line["values"] if "full" in name]
+    assert "full_mrr@5" in summary(tmp_path / "auc")["metrics"]["valid"]
+
+
+def test_the_console_shows_what_selects(tmp_path, capsys):
+    place = RunFolder(str(tmp_path))
+    with Console(place, "run", 10):
+        place.log(step=9, phase="train", split="valid", values={"auc": 0.5, "full_mrr@5": 0.25, "f1": 0.125})
+    assert capsys.readouterr().err.splitlines() == ["run  step 9  valid  auc 0.5000  f1 0.1250  full_mrr@5 0.2500"]

@@ -72,7 +72,17 @@ OPTIONS = {
     "out of range": (["batch.size=0"], "batch.size=0: must be at least 1"),
     "width": (["tables.width=10"], "tables.width=10: must be a positive multiple of 4"),
     "choice": (["upper.dev=reorderd"], "upper.dev=reorderd: choose reordered, split, same_users or rotating"),
-    "metric": (["evaluation.metric=acu"], "evaluation.metric=acu: choose auc, gauc, logloss, hr@K, ndcg@K or mrr@K"),
+    "metric": (["evaluation.metric=acu"], "evaluation.metric=acu: choose auc, gauc, logloss, accuracy, f1, hr@K, "),
+    "metric among all items": (
+        ["evaluation.metric=full_mrr@5", "evaluation.full_ks=[10]", "evaluation.patience=1"],
+        "evaluation.metric=full_mrr@5: needs evaluation.full_ks=[5]",
+    ),
+    "metric of classes": (
+        ["evaluation.metric=f1"],
+        "evaluation.metric=f1: ",
+        "has no classes; prepare it with classes=N",
+    ),
+    "what is excluded": (["evaluation.full_exclude=all"], "evaluation.full_exclude=all: choose train or none"),
     "ranking without negatives": (["evaluation.ks=[10]"], "evaluation.ks=[10]", "stores no negatives"),
     "no such class": (["model._target_=cdr_dist.models.conet.CoNett"], "model: ", "CoNett"),
     "no such module": (["model._target_=cdr_dist.nothing.CoNet"], "model: ", "cdr_dist.nothing"),
@@ -125,7 +135,7 @@ def test_a_recipe_that_needs_planted_truth(job, tmp_path):
 
 def test_validation_rows_of_one_label(job, monkeypatch):
     """Found when it is measured."""
-    monkeypatch.setattr("cdr_dist.training.loop.evaluate", lambda *_: {"auc": float("nan")})
+    monkeypatch.setattr("cdr_dist.training.loop.validation_metrics", lambda *_: {"auc": float("nan")})
     code, out, lines = job(*words(rated(), "run", "recipe=joint"))
     assert (code, out) == (2, "")
     assert "evaluation.metric=auc has no value on the validation rows" in lines[-1]

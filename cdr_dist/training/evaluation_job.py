@@ -12,24 +12,26 @@ from cdr_dist.errors import UserError, nearest
 from cdr_dist.training.best import best_of_run
 from cdr_dist.training.checkpoint import best_step
 from cdr_dist.training.launch import alone, quiet_libraries
-from cdr_dist.training.options import one_of
+from cdr_dist.training.options import EXCLUDED, one_of
 from cdr_dist.training.run_folder import RunFolder
 from cdr_dist.training.split_metrics import split_metrics
 from cdr_dist.training.start import check_fits
 
-OPTIONS = ("run", "split", "data", "scores", "full_ks")
+OPTIONS = ("run", "split", "data", "scores", "full_ks", "full_exclude")
 
 
 def evaluation_job(words: Sequence[str]) -> None:
     """Words: run= (needed), split= (test), data= (another dataset), scores= (a Parquet file of every row's score),
-    full_ks=. Prints JSON."""
+    full_ks=, full_exclude=. Prints JSON."""
     given = {"split": "test"} | options(words, OPTIONS)
     if "run" not in given:
         raise UserError("run= is missing; see --help")
     one_of("split", given["split"], ("valid", "test"))
+    one_of("full_exclude", given.get("full_exclude", EXCLUDED[0]), EXCLUDED)
     ks = _ks(given["full_ks"]) if "full_ks" in given else None
     quiet_libraries()
-    step, found = evaluate_run(given["run"], given["split"], given.get("scores"), ks, given.get("data"))
+    exclude = given.get("full_exclude")
+    step, found = evaluate_run(given["run"], given["split"], given.get("scores"), ks, given.get("data"), exclude)
     said = {name: given[name] for name in ("run", "data") if name in given}
     print(json.dumps(said | {"step": step, "split": given["split"], "metrics": found}, indent=1))
 
@@ -58,15 +60,22 @@ def _ks(given: str) -> list[int]:
 
 
 def evaluate_run(
-    run: str, split: str, scores: str | None = None, full_ks: Sequence[int] | None = None, data: str | None = None
+    run: str,
+    split: str,
+    scores: str | None = None,
+    full_ks: Sequence[int] | None = None,
+    data: str | None = None,
+    full_exclude: str | None = None,
 ) -> tuple[int, dict[str, float | None]]:
     """(step of the best checkpoint, its metrics on a split), whatever number of workers wrote it.
 
-    full_ks: instead of the run's own. data: a dataset that the run's own was extended to; the rows of keys that the
-    run does not know are as a warm start makes them.
+    full_ks, full_exclude: instead of the run's own. data: a dataset that the run's own was extended to; the rows of
+    keys that the run does not know are as a warm start makes them.
     """
     place = RunFolder(run)
     config = place.config()
+    if full_exclude is not None:
+        config.evaluation.full_exclude = full_exclude
     step = best_step(place)
     folder = dataset_of(data or config.data)
     manifest = read_manifest(folder)

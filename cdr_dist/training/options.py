@@ -182,6 +182,10 @@ class WarmStartOptions:
         one_of("warm_start.new_rows", self.new_rows, ("mean", "seed"))
 
 
+EXCLUDED = ("train", "none")
+"""Choices of evaluation.full_exclude."""
+
+
 @dataclass
 class EvaluationOptions:
     """What is measured, and when."""
@@ -207,7 +211,7 @@ class EvaluationOptions:
     """Rows scored at a time, stored negatives included."""
 
     def __post_init__(self) -> None:
-        one_of("evaluation.full_exclude", self.full_exclude, ("train", "none"))
+        one_of("evaluation.full_exclude", self.full_exclude, EXCLUDED)
         at_least("evaluation", self, 0, "every", "patience")
         at_least("evaluation", self, 1, "batch_size")
 
