@@ -55,8 +55,7 @@ SEQUENTIAL = (
 
 
 def given(run: Path, recipe: str, *more: str) -> list[str]:
-    found = words(sequenced(), run, *SEQUENTIAL, f"recipe={recipe}", *more)
-    return [word for word in found if not word.startswith("upper.")]
+    return words(sequenced(), run, *SEQUENTIAL, f"recipe={recipe}", *more)
 
 
 @functools.cache
@@ -97,22 +96,30 @@ def _sequences_of_an_epoch(rank: int, found: list[str]) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize(
-    ("recipe", "workers", "more"),
-    [
-        ("uaf", 2, ()),
-        ("uaf", 3, ()),  # the last step of an epoch leaves a worker without rows
-        ("mtl", 3, ("model=nextitnet_mtl",)),
-        ("joint", 2, ("model=nextitnet_mtl", "model.source_positions=all")),
-    ],
-)
-def test_runs_agree_on_any_number_of_workers(recipe: str, workers: int, more: tuple[str, ...]) -> None:
-    one, other = (finished(recipe, n, *more) for n in (1, workers))
-    assert steps_of(other) == steps_of(one)
+def of_five_steps() -> list[str]:
+    """Batches of which an epoch has five, the last one too short to reach three workers."""
+    manifest = read_manifest(str(sequenced()))
+    rows = manifest.examples("train")
+    size = next(n for n in range(rows // 4, 0, -1) if 0 < rows % n <= 2 and rows // n < 8)
+    return [f"batch.size={2 * size}", f"batch.sequences={manifest.examples(SEQUENCES[0]) // 4 - 1}"]
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("recipe", ["pretrain", "uaf_hard", "uaf_rl", "mtl", "all positions"])
+def test_runs_agree_on_any_number_of_workers(recipe: str, workers: int) -> None:
+    """After few steps: what follows of a rounding error grows with every ReLU whose input is almost 0."""
+    more = {
+        "mtl": ["model=nextitnet_mtl"],
+        "all positions": ["recipe=joint", "model=nextitnet_mtl", "model.source_positions=all"],
+        "uaf_hard": [f"warm_start.run={pretrained()}"],
+        "uaf_rl": [f"warm_start.run={pretrained()}"],
+    }.get(recipe, [])
+    one, other = (finished(recipe, n, *more, *of_five_steps()) for n in (1, workers))
+    assert 4 < steps_of(other) == steps_of(one) < 9
     apart = distances(one, other)
-    assert max(apart.values()) < 1e-4, max(apart.items(), key=lambda of: of[1])
-    values = [summary(run)["metrics"]["test"] for run in (one, other)]
-    assert values[0]["full_mrr@5"] == pytest.approx(values[1]["full_mrr@5"], abs=1e-3)
+    assert max(apart.values()) < 2e-5, max(apart.items(), key=lambda of: of[1])
+    left, right = (summary(run)["metrics"]["test"] for run in (one, other))
+    assert left == pytest.approx(right, abs=2e-3)
 
 
 def phase_steps(run: Path) -> tuple[int, int]:
@@ -176,12 +183,12 @@ def test_what_is_frozen_stays_and_costs_no_state(recipe: str) -> None:
 
 def test_equal_weights_are_joint_training() -> None:
     """Law 6, with the next-item loss as the source's: a perceptron that is all zero weighs every behaviour alike."""
-    joint = finished("joint", 1, "model=nextitnet_mtl")
-    run = scratch() / "transfer-equal"
-    train(given(run, "biao", "model=nextitnet_mtl", "upper.hold_out=0.001"), within=_all_alike)
+    more = ["model=nextitnet_mtl", *of_five_steps()]
+    joint, run = finished("joint", 1, *more), scratch() / "transfer-equal"
+    train(given(run, "biao", *more), within=_all_alike)
     x, y = tensors(joint), tensors(run)
-    shared = [n for n in x if n.startswith("tables") or n.startswith("dense.modules.model")]
-    assert max(float((x[n] - y[n]).norm() / x[n].norm().clamp(min=0.1)) for n in shared) < 1e-4
+    shared = [n for n in x if n.startswith(("tables", "dense.modules.model"))]
+    assert max(float((x[n] - y[n]).norm() / x[n].norm().clamp(min=0.1)) for n in shared) < 2e-5
 
 
 @contextlib.contextmanager
