@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing as mp
 import os
 import re
 import runpy
@@ -12,9 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.forks import FORKS
+
 ROOT = Path(__file__).resolve().parent.parent
-_FORKS = mp.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.warm"])  # jobs begin after the imports, which take most of a short job's time
 GENRES = "crime|history|music|romance|space|war|baking|gardening|tax"
 SECONDS = 300
 
@@ -58,7 +57,7 @@ def typed(line, folder):
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
     screen = folder.parent / "screen"
-    process = _FORKS.Process(target=_job, args=(folder, shlex.split(line)[1:], screen))
+    process = FORKS.Process(target=_job, args=(folder, shlex.split(line)[1:], screen))
     process.start()
     process.join(SECONDS)
     printed = screen.read_text()

@@ -1,4 +1,4 @@
-"""Loaded once by the server that tests/crashes.py forks jobs from: what a job imports and compiles late, it finds done.
+"""Loaded once by the server of tests/forks.py: what a job imports and compiles late, it finds done.
 
 No thread may be running here: forks would not have it.
 """
