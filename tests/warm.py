@@ -21,6 +21,7 @@ import cdr_dist.training.worker  # noqa: F401
 from cdr_dist.configuration import from_words
 from cdr_dist.data import scattered
 
-from_words(["data=none", "run=none", "recipe=biao", "trainer.workers=0"])
+for recipe in ("joint", "biao"):
+    from_words(["data=none", "run=none", f"recipe={recipe}", "trainer.workers=0"])
 for kind in (np.int32, np.int64, np.float32):
     scattered.Scattered([np.zeros(1, dtype=kind)]).gather(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.int64))
