@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas  # noqa: F401
+import pyarrow.dataset  # noqa: F401
 
 import cdr_dist.data.prepare_job
 import cdr_dist.models.conet
