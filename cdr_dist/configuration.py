@@ -6,6 +6,7 @@ mistakes into one line.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -97,7 +98,7 @@ def compose_words(words: Sequence[str]) -> DictConfig:
         else:
             options.append((name, value))
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        known = _keys(compose("train", choices))
+        known = _known(tuple(choices))
         for name, _ in options:
             if name not in known and not name.startswith(("+model.", STARTS)):
                 raise UserError(f"{name}: unknown option; {nearest(name, sorted(known | set(groups)))}")
@@ -161,8 +162,10 @@ def _quoted(name: str, value: str) -> str:
     return f'{added}{name}="{escaped}"'
 
 
-def _keys(config: Any) -> set[str]:
-    return set(_flat(OmegaConf.to_container(config)))
+@functools.cache
+def _known(choices: tuple[str, ...]) -> frozenset[str]:
+    """The options that there are once these files of configs/ are chosen; within a Hydra context."""
+    return frozenset(_flat(OmegaConf.to_container(compose("train", list(choices)))))
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,6 @@ Besides, jobs that do what few jobs do, so that every crash point is passed, and
 from __future__ import annotations
 
 import functools
-import multiprocessing as mp
 import os
 import signal
 import sys
@@ -18,9 +17,8 @@ from cdr_dist.data.prepare_job import prepare_job
 from cdr_dist.errors import UserError
 from cdr_dist.jobs import run_job
 from cdr_dist.training.job import train_job
+from tests.forks import FORKS
 
-_FORKS = mp.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.crashes", "tests.warm"])
 KILLED = -9
 SECONDS = 120
 """A job that takes longer hangs."""
@@ -29,7 +27,7 @@ SECONDS = 120
 def job(name, main, given, crash="", screen="/dev/null", killed_after_s=None):
     """The exit code of `jobs/NAME.py WORDS`; crash: the point where it dies, as CDR_CRASH says it."""
     stores = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    process = _FORKS.Process(
+    process = FORKS.Process(
         target=_run, args=(name, main, list(map(str, given)), stores | {"CDR_CRASH": crash}, str(screen))
     )
     process.start()

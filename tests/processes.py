@@ -1,6 +1,6 @@
 """Runs a function on gloo workers, as Ray Train would, without Ray's half minute: one pool of processes a size.
 
-The workers stay for the whole test session, because importing torchrec takes seconds; every call makes its own
+They are forks of a process that has imported torchrec, and stay for the whole test session; every call makes its own
 process group.
 """
 
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import multiprocessing as mp
 import os
 import pickle
 import socket
 import tempfile
 import traceback
 
+from tests.forks import FORKS
+
 _POOLS = {}
-_CONTEXT = mp.get_context("spawn")
 
 
 def on_workers(workers, function, *arguments, timeout=180):
@@ -74,17 +74,19 @@ def _alone(function, arguments):
 
 
 def _start():
-    ours, theirs = _CONTEXT.Pipe()
-    process = _CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
+    ours, theirs = FORKS.Pipe()
+    process = FORKS.Process(target=_serve, args=(theirs, dict(os.environ)), daemon=True)
     process.start()
     theirs.close()
     return process, ours
 
 
-def _serve(pipe):
+def _serve(pipe, surroundings):
     import torch
     import torch.distributed as dist
 
+    os.environ.clear()  # it is the server's, of when it began
+    os.environ.update(surroundings)
     torch.set_num_threads(1)
     while True:
         with contextlib.suppress(KeyboardInterrupt):

@@ -242,7 +242,7 @@ def explicit_hypergradient(
         return torch.autograd.grad(lower(t0, f), t0, create_graph=True)[0]
 
     hessian = torch.autograd.functional.hessian(lambda t: lower(t, f0), t0)
-    mixed = torch.autograd.functional.jacobian(lower_gradient, f0)
+    mixed = torch.autograd.functional.jacobian(lower_gradient, f0, vectorize=True)
     one = torch.eye(len(t0), dtype=t0.dtype, device=t0.device)
     series = sum(torch.linalg.matrix_power(one - alpha * hessian, n) for n in range(steps + 1))
     return unflatten(-torch.autograd.grad(upper(t0), t0)[0] @ series @ mixed, phi)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cdr_dist.configuration import from_words
+from cdr_dist.configuration import as_config, compose_words
 from cdr_dist.training import checkpoint
 from cdr_dist.training.lower import Lower
 from cdr_dist.training.next_item import NextItem
@@ -48,19 +50,31 @@ def words(dataset, run, *more):
     return list(chosen.values())
 
 
+def config_of(given):
+    """What from_words gives; words that differ in nothing but their folders are composed once a process."""
+    folders = dict(word.split("=", 1) for word in given if word.startswith(("data=", "run=")))
+    config = as_config(_composed(tuple(word for word in given if not word.startswith(("data=", "run=")))))
+    return dataclasses.replace(config, **folders)
+
+
+@functools.cache
+def _composed(given):
+    return compose_words(given)
+
+
 def train(given, workers=1, killed_after=None, in_upper=False, within=None):
     """What the driver does, with gloo workers in place of Ray's -> every worker's answer.
 
     killed_after: lower updates after which the run dies: before the next one, or (in_upper) at the end of the next
     upper update. within: a function that breaks something; called on every worker, it returns a context manager.
     """
-    config = from_words(given)
+    config = config_of(given)
     RunFolder(config.run).open(config)
     return on_workers(workers, _worker, given, killed_after, in_upper, within)
 
 
 def _worker(rank, given, killed_after, in_upper, within):
-    config = from_words(given)
+    config = config_of(given)
     with within() if within else contextlib.nullcontext(), dying(killed_after, in_upper):
         try:
             return work(config, config.data, config.run)

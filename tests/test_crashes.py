@@ -37,6 +37,7 @@ class Way:
     main: Callable[[list[str]], None] | None = None
     recovery: str = ""
     """Where the recovery is killed, too; the same effect unless said. `-`: there is nothing left to recover."""
+    more: tuple[str, ...] = ()
 
     def __str__(self):
         return f"{self.effect}-{self.count}"
@@ -54,8 +55,11 @@ def given(run, *more):
         "trainer.log_every=4",
         "evaluation.every=6",
         *more,
-        "trainer.report=true",
     )
+
+
+PAGE = ("trainer.report=true",)
+"""Of jobs that are killed about when they write it; it takes longer than the rest of a job."""
 
 
 @functools.cache
@@ -94,9 +98,9 @@ TRAINING = [
     Way("run.unstop", ready=lambda run: continued(run, ["stop"])),
     Way("run.stop", main=crashes.train_until_interrupted, recovery=ANEW),
     Way("run.discard", main=crashes.train_on_what_is_refused, recovery=ANEW),
-    Way("run.summary", recovery="run.scores"),
-    Way("run.report", recovery="-"),
-    Way("run.release", recovery="-"),
+    Way("run.summary", recovery="run.scores", more=PAGE),
+    Way("run.report", recovery="-", more=PAGE),
+    Way("run.release", recovery="-", more=PAGE),
 ]
 RENAMES = [Way("file.rename", count, recovery=ANEW) for count in range(1, 24)]
 """Of the lease, config.yaml, versions.json, metrics.jsonl, then five of every checkpoint, …"""
@@ -183,7 +187,7 @@ def test_whatever_changes_a_folder_does_so_within_an_effect_that_has_a_name(tmp_
     does("train", train_job, short, KILLED, "checkpoint.complete:before:2")
     (run / PART).touch()
     does("train", crashes.train_with_many_beats, short)
-    does("train", train_job, given(run))
+    does("train", train_job, given(run, *PAGE))
     found = [line.split(" ", 2) for line in report.read_text().splitlines()]
     unnamed = {(change, path) for effect, change, path in found if effect == "-"}
     assert [(c, p) for c, p in sorted(unnamed) if not any(re.fullmatch(known, p) for known in NO_EFFECT)] == []
@@ -208,11 +212,11 @@ def once(ways, in_ci=lambda way: True):
 
 def train_killed(way, run, point, screen, main=None):
     main = main or way.main or train_job
-    assert job("train", main, given(run), point, screen) == KILLED, screen.read_text()
+    assert job("train", main, given(run, *way.more), point, screen) == KILLED, screen.read_text()
 
 
-def recovers(run, screen, finished=False):
-    assert job("train", train_job, given(run), screen=screen) == 0, screen.read_text()
+def recovers(way, run, screen, finished=False):
+    assert job("train", train_job, given(run, *way.more), screen=screen) == 0, screen.read_text()
     assert "Traceback" not in screen.read_text()
     same_run(undisturbed(), run)
     left = [p.name for p in run.rglob("*") if p.name.startswith(".") or p.name in ("lease.json", "stop")]
@@ -228,7 +232,7 @@ def test_training_killed_at_an_effect_recovers(way, side, tmp_path):
     way.ready(run)
     train_killed(way, run, f"{way.effect}:{side}:{way.count}", screen)
     summed_up = [("run.summary", "after"), ("run.report", "before"), ("run.report", "after"), ("run.release", "before")]
-    recovers(run, screen, finished=(way.effect, side) in summed_up)
+    recovers(way, run, screen, finished=(way.effect, side) in summed_up)
     RECOVERED.append((way, side))
 
 
@@ -318,7 +322,7 @@ def test_training_killed_again_while_it_recovers(way, tmp_path):
     way.ready(run)
     train_killed(way, run, f"{way.effect}:before:{way.count}", screen)
     train_killed(way, run, f"{way.recovery or way.effect}:after", screen, train_job)
-    recovers(run, screen)
+    recovers(way, run, screen)
     RECOVERED.append((way, "twice"))
 
 

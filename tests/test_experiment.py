@@ -18,6 +18,7 @@ from cdr_dist.training.memory import need
 from cdr_dist.training.search import JOURNAL, ends, search_all, searched
 from tests import datasets
 from tests.experiments import Here, answer, summary
+from tests.forks import FORKS
 
 
 def experiment(**more):
@@ -275,8 +276,9 @@ def test_the_smallest_log_loss_is_the_best(tmp_path):
 WORDS = ["batch.size=64", "trainer.max_steps=20", "seeds=2", "first_seed=3"]
 
 
-def test_an_experiment_from_words_to_the_page(tmp_path, capsys):
+def test_an_experiment_from_words_to_the_page(tmp_path, monkeypatch, capsys):
     """Really trained; oracle cannot be, since nothing was planted in these data."""
+    monkeypatch.setattr(experiment_runs, "_CONTEXT", FORKS)
     dataset = datasets.edited(datasets.copied(datasets.sampled(), tmp_path), source_domain="cds", target_domain="cloth")
     (dataset / "truth.parquet").unlink()
     words = ["experiment=demo", f"data={dataset}", "methods=target_only,biao,oracle", f"out={tmp_path}/out", *WORDS]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from hypergradient_cosine import against
 
 from tests.datasets import rated
+from tests.forks import python
 
 TOOL = Path(__file__).parents[1] / "tools" / "hypergradient_cosine.py"
 
@@ -30,9 +30,9 @@ def test_cosine_and_ratio_of_norms():
 def test_the_tool_measures_on_a_training():
     given = [f"data={rated()}", "batch.size=64", "damping=0.1,0.5", "every=5", "steps=3", "trainer.epochs=4"]
     theta = "hypergradient.theta=[user,target_item]"
-    done = subprocess.run([sys.executable, TOOL, *given, theta], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for line in done.stdout.splitlines()[-2:]:
+    done = python([TOOL, *given, theta])
+    assert done.code == 0, done.error
+    for line in done.out.splitlines()[-2:]:
         assert "3 of 3" in line
         found = [tuple(map(float, of)) for of in re.findall(r"([\d.]+) \(([\d.]+); ([\d.e-]+)\)", line)]
         assert len(found) == 4
@@ -43,5 +43,5 @@ def test_the_tool_measures_on_a_training():
 
 
 def test_a_bad_number_is_a_mistake():
-    done = subprocess.run([sys.executable, TOOL, "damping=x"], capture_output=True, text=True, check=False)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    done = python([TOOL, "damping=x"])
+    assert (done.code, len(done.error.splitlines())) == (2, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -76,6 +78,7 @@ def test_the_identity_is_the_series_without_a_term():
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@functools.cache
 def converged(damping):
     """By matrices: -dev gradient (H + damping)^-1 mixed derivative, of the users' rows."""
     problem = make(**SHAPE)
@@ -93,7 +96,7 @@ def converged(damping):
     t, f = table.detach().flatten().requires_grad_(), reference.flatten(phi)
     hessian = torch.autograd.functional.hessian(lambda t: lower(t, f), t)
     slope = lambda f: torch.autograd.grad(lower(t, f), t, create_graph=True)[0]  # noqa: E731
-    mixed = torch.autograd.functional.jacobian(slope, f)
+    mixed = torch.autograd.functional.jacobian(slope, f, vectorize=True)
     (g,) = torch.autograd.grad(upper(t), t)
     inverse = torch.linalg.inv(hessian + damping * torch.eye(len(g), dtype=g.dtype))
     return reference.unflatten(-g @ inverse @ mixed, phi)

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from cdr_dist import logs
 from tests import datasets
+from tests.forks import python
 from tests.runs import words
 
 ROOT = Path(__file__).parents[1]
 
 
 def said(job, given, folder, code=0):
-    done = subprocess.run(
-        [sys.executable, ROOT / "jobs" / f"{job}.py", *given],
-        env=os.environ | {"CDR_LOG": "json"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == code, done.stderr
-    return [json.loads(line) for line in done.stderr.splitlines()], done.stdout
+    done = python([ROOT / "jobs" / f"{job}.py", *given], folder, CDR_LOG="json")
+    assert done.code == code, done.error
+    return [json.loads(line) for line in done.error.splitlines()], done.out
 
 
 def test_a_run_and_a_mistake(tmp_path):

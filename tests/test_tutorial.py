@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import multiprocessing as mp
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+from tests.forks import python
+
 ROOT = Path(__file__).resolve().parent.parent
-_FORKS = mp.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.warm"])  # jobs begin after the imports, which take most of a short job's time
 GENRES = "crime|history|music|romance|space|war|baking|gardening|tax"
-SECONDS = 300
 
 
 def test_every_block_of_the_tutorial_runs_and_prints_what_it_shows(tmp_path):
@@ -57,22 +54,10 @@ def typed(line, folder):
         )
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
-    screen = folder.parent / "screen"
-    process = _FORKS.Process(target=_job, args=(folder, shlex.split(line)[1:], screen))
-    process.start()
-    process.join(SECONDS)
-    printed = screen.read_text()
-    assert process.exitcode == 0, f"{line}\n{printed}"
+    ended = python(shlex.split(line)[1:], folder)
+    printed = ended.out + ended.error
+    assert ended.code == 0, f"{line}\n{printed}"
     return printed
-
-
-def _job(folder, words, screen):
-    os.chdir(folder)
-    with screen.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
 
 
 def missing(block, printed):

@@ -1,4 +1,4 @@
-"""Loaded once by the server that tests/crashes.py forks jobs from: what a job imports and compiles late, it finds done.
+"""Loaded once by the server of tests/forks.py: what a job imports and compiles late, it finds done.
 
 No thread may be running here: forks would not have it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas  # noqa: F401
+import pyarrow.dataset  # noqa: F401
 
 import cdr_dist.data.prepare_job
 import cdr_dist.models.conet
@@ -21,6 +22,7 @@ import cdr_dist.training.worker  # noqa: F401
 from cdr_dist.configuration import from_words
 from cdr_dist.data import scattered
 
-from_words(["data=none", "run=none", "recipe=biao", "trainer.workers=0"])
+for recipe in ("joint", "biao"):
+    from_words(["data=none", "run=none", f"recipe={recipe}", "trainer.workers=0"])
 for kind in (np.int32, np.int64, np.float32):
     scattered.Scattered([np.zeros(1, dtype=kind)]).gather(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.int64))

@@ -28,6 +28,8 @@ from cdr_dist.ray_cluster import connect
 from cdr_dist.training.experiment import Plan
 from cdr_dist.training.memory import GIB, free_bytes, need
 
+_CONTEXT: Any = multiprocessing.get_context("spawn")
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -205,9 +207,8 @@ class _Process:
     """A child that answers words with `Ended` until its line is closed, also by our death."""
 
     def __init__(self, run: Run) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.line, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, run))
+        self.line, theirs = _CONTEXT.Pipe()
+        self._process = _CONTEXT.Process(target=_serve, args=(theirs, run))
         self._process.start()
         theirs.close()
 

@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import math
 import queue
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,9 +38,8 @@ class Mirror(Protocol):
 def mirrors_of(config: TrainConfig, folder: RunFolder) -> list[Mirror]:
     """For worker 0."""
     found: list[Mirror] = [MLflow(config, folder)] if config.trainer.mlflow else []
-    import ray
-
-    return [*found, RayMetrics(folder.uri)] if ray.is_initialized() else found
+    ray = sys.modules.get("ray")  # who is in a cluster has loaded it; others need not wait for that
+    return [*found, RayMetrics(folder.uri)] if ray and ray.is_initialized() else found
 
 
 def check_mlflow(config: TrainConfig) -> None:
