@@ -52,7 +52,7 @@ def by_hand(predicted, true, classes, positive):
         ([0, 1, 3, 3, 1, 0], [0, 3, 3, 3, 1, 1], 5, 1),  # nobody has 2 or 4 or is taken for one
         ([0, 0, 0], [0, 4, 4], 5, 1),  # one that nobody is taken for counts as 0
         ([0, 1, 1, 0, 1], [0, 1, 0, 0, 1], 2, 1),
-        ([0, 1, 1, 0, 1], [0, 1, 0, 0, 1], 2, 0),
+        ([0, 1, 1, 0, 1, 0], [0, 1, 0, 0, 1, 0], 2, 0),
         ([0, 0], [0, 0], 2, 1),  # a positive class that is nowhere: 0
     ],
 )

@@ -98,7 +98,8 @@ def filled(rows: Tensor, size: int) -> Tensor:
 def _distinct(row: Ints, place: Ints) -> tuple[Ints, Ints]:
     """The pairs, each once, by place and then by row."""
     rows = int(row.max(initial=0)) + 1
-    codes = np.unique(place * rows + row)
+    codes = np.sort(place * rows + row)
+    codes = codes[np.diff(codes, prepend=codes[:1] - 1) > 0]
     return codes % rows, codes // rows
 
 
