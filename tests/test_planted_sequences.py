@@ -62,6 +62,7 @@ def test_both_kinds_follow_the_same_succession(planted):
 def test_badges_tell_the_kinds_apart_and_nothing_else_does(planted):
     kinds, source, _ = planted
     for user, own in source.items():
+        assert [topic >= SHAPE.topics for topic in own] == [True] * 3 + [False] * (len(own) - 3)
         badges = {(topic - SHAPE.topics) // SHAPE.badges for topic in own if topic >= SHAPE.topics}
         assert badges == {int(kinds[user] == "contrary")}
     shares = [
@@ -91,7 +92,7 @@ def test_sizes_and_seed(planted):
     small = replace(SHAPE, users=20, source_users=20)
     assert planted_sequences(small).source.equals(planted_sequences(small).source)
     assert not planted_sequences(small).source.equals(planted_sequences(replace(small, seed=9)).source)
-    with pytest.raises(UserError, match=r"^planted sequences: shortest=40: must be 2 to longest=30$"):
+    with pytest.raises(UserError, match=r"^planted sequences: shortest=40: must be 4 to longest=30$"):
         replace(SHAPE, shortest=40)
 
 
