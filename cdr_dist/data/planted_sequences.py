@@ -56,7 +56,9 @@ class PlantedSequences:
     target_certainty: float = 0.9
     """Probability that a target item is of the topic that the user's kind says; else of any."""
     exponent: float = 1.0
-    """Of Zipf's law, by which items are chosen within a topic."""
+    """Of Zipf's law, by which source items are chosen within a topic."""
+    target_exponent: float = 0.5
+    """The same of target items: flatter, since a popular item of the wrong topic tells nothing."""
     seed: int = 8
 
     def __post_init__(self) -> None:
@@ -85,7 +87,8 @@ def planted_sequences(shape: PlantedSequences) -> PlantedLogs:
     length = random.integers(shape.shortest, shape.longest + 1, people)
     visited = _wander(random, shape, successor, contrary)
     user, place = np.nonzero(np.arange(shape.longest) < length[:, None])
-    source = _log(random, "s", user, place, visited[user, place], shape.source_items, shape)
+    topics = shape.topics + 2 * shape.badges
+    source = _log(random, "s", user, place, visited[user, place], shape.source_items, shape.exponent, topics)
 
     behaviours = random.integers(1, shape.target_behaviours + 1, shape.users)
     user, place = np.nonzero(np.arange(shape.target_behaviours) < behaviours[:, None])
@@ -93,7 +96,9 @@ def planted_sequences(shape: PlantedSequences) -> PlantedLogs:
     wanted = np.where(contrary[user], other[reached], successor[reached])
     chance = random.random(len(user)) >= shape.target_certainty
     topic = np.where(chance, random.integers(0, shape.topics, len(user)), wanted)
-    target = _log(random, "t", user, shape.longest + place, topic, shape.target_items, shape)
+    target = _log(
+        random, "t", user, shape.longest + place, topic, shape.target_items, shape.target_exponent, shape.topics
+    )
 
     kinds = np.where(contrary, "contrary", "aligned")
     truth = pl.DataFrame({"user_id": _names("u", np.arange(people)), "kind": kinds})
@@ -132,15 +137,15 @@ def _log(
     time: Ints,
     topic: Ints,
     items: int,
-    shape: PlantedSequences,
+    exponent: float,
+    topics: int,
 ) -> pl.DataFrame:
     """A behaviour for each user, time and topic: [n] each."""
-    topics = shape.topics + (2 * shape.badges if prefix == "s" else 0)
     of_topic = np.bincount(np.arange(items) % topics, minlength=topics)  # item i is of topic i % topics
     rank = np.empty(len(user), dtype=np.int64)
     for size in np.unique(of_topic):
         mine = of_topic[topic] == size
-        rank[mine] = zipf_ranks(random.random(int(mine.sum())), int(size), shape.exponent)
+        rank[mine] = zipf_ranks(random.random(int(mine.sum())), int(size), exponent)
     return pl.DataFrame(
         {"user_id": _names("u", user), "item_id": _names(prefix, rank * topics + topic), "timestamp": time}
     )
