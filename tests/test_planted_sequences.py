@@ -62,6 +62,7 @@ def test_both_kinds_follow_the_same_succession(planted):
 def test_badges_tell_the_kinds_apart_and_nothing_else_does(planted):
     kinds, source, _ = planted
     for user, own in source.items():
+        assert [topic >= SHAPE.topics for topic in own] == [True] * 3 + [False] * (len(own) - 3)
         badges = {(topic - SHAPE.topics) // SHAPE.badges for topic in own if topic >= SHAPE.topics}
         assert badges == {int(kinds[user] == "contrary")}
     shares = [
@@ -82,6 +83,27 @@ def test_aligned_targets_are_of_the_next_topic_and_contrary_ones_never(planted):
         assert ((mapping == following) == as_expected).all()
 
 
+def test_who_does_not_know_the_kind_fails_the_contrary_users(planted):
+    """HR@5 among 99 uniform negatives, by the true probabilities: of the user's mapping, or of both mixed."""
+    kinds, source, _ = planted
+    target = planted_sequences(SHAPE).target
+    topics, rng = SHAPE.topics, np.random.default_rng(1)
+    contrary = np.array([kinds[user] == "contrary" for user in target["user_id"]])
+    last = np.array([source[user][-1] for user in target["user_id"]])
+    item = target["item_id"].str.slice(1).cast(pl.Int64).to_numpy()
+    mapping = [likeliest(zip(last[of], item[of] % topics, strict=True))[0] for of in (~contrary, contrary)]
+    shown = np.column_stack([item, rng.integers(0, SHAPE.target_items, (len(item), 99))])
+    popular = (1 + shown // topics) ** -SHAPE.target_exponent
+    here = [(shown % topics == of[last][:, None]) * popular + 1e-3 * popular for of in mapping]
+    scores = {"known": np.where(contrary[:, None], here[1], here[0])}
+    scores["unknown"] = SHAPE.aligned * here[0] + (1 - SHAPE.aligned) * here[1]
+    hits = {name: (of[:, 1:] >= of[:, :1]).sum(axis=1) < 5 for name, of in scores.items()}
+    found = {name: (of[~contrary].mean(), of[contrary].mean()) for name, of in hits.items()}
+    assert min(found["known"]) > 0.7
+    assert 0.5 < found["unknown"][0] < found["known"][0] - 0.05
+    assert found["unknown"][1] < found["known"][1] - 0.25
+
+
 def test_sizes_and_seed(planted):
     kinds, source, target = planted
     assert len(source) == len(kinds) == 2000
@@ -91,7 +113,7 @@ def test_sizes_and_seed(planted):
     small = replace(SHAPE, users=20, source_users=20)
     assert planted_sequences(small).source.equals(planted_sequences(small).source)
     assert not planted_sequences(small).source.equals(planted_sequences(replace(small, seed=9)).source)
-    with pytest.raises(UserError, match=r"^planted sequences: shortest=40: must be 2 to longest=30$"):
+    with pytest.raises(UserError, match=r"^planted sequences: shortest=40: must be 4 to longest=30$"):
         replace(SHAPE, shortest=40)
 
 

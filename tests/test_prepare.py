@@ -466,6 +466,8 @@ def test_amazon_beauty_and_sports_have_the_known_counts(tmp_path: Path) -> None:
         "cold_users": 22_363 + 35_598 - 2 * 1625,
         "source_log_users": 22_363,
         "target_log_users": 35_598,
+        "unknown_targets": 0,
+        "short_targets": 0,
         "train_positives": 14_516,
         "valid_positives": 1625,
         "test_positives": 1625,

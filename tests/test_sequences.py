@@ -146,9 +146,15 @@ def test_a_stream_reads_them(tmp_path: Path) -> None:
     options, manifest = run(tmp_path, *logs(), **SHARES)
     reader = ShardReader(options.out, manifest, "sequences_train", ["example_id", "source_history_item"])
     stream = Stream(reader, 16, StreamOptions(), seed=8, name="pretrain")
-    ids = [n for rows in stream.epoch() for n in rows.stored["example_id"].tolist()]
+    found = []
+    for rows in stream.epoch():
+        items, lengths = rows.stored.lists("source_history_item").of(np.arange(len(rows.stored)))
+        lists = [part.tolist() for part in np.split(items, np.cumsum(lengths)[:-1])]
+        found += zip(rows.stored["example_id"].tolist(), lists, strict=True)
     stream.close()
-    assert sorted(ids) == sorted(row["example_id"] for row in rows_of(options.out, "sequences_train"))
+    wanted = [(r["example_id"], r["source_history_item"]) for r in rows_of(options.out, "sequences_train")]
+    assert sorted(found) == sorted(wanted)
+    assert found != wanted
 
 
 def test_a_dataset_on_top_keeps_the_ids_and_counts_anew(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_domain_that_no_row_has_is_named_with_those_there_are(tmp_path: Path) 
     words = f"format=windows source={tmp_path}/w.tsv labels=sampled out={tmp_path}/out"
     for role, other in (("source", "target"), ("target", "source")):
         found = r"9 \(6 rows\), 4 \(5 rows\), 8 \(1 rows\)"
-        message = rf"w\.tsv: {role}_domain=5: no row's domain is that; found most often: {found}"
+        message = rf"w\.tsv: no row's domain is '5' \({role}_domain=\); found most often: {found}"
         with pytest.raises(UserError, match=message):
             prepared(f"{words} {role}_domain=5 {other}_domain=4")
 

@@ -163,7 +163,7 @@ def check_domain(files: list[str], options: PrepareOptions, role: str, domain: s
     if domain not in found:
         most = ", ".join(f"{name} ({rows:,} rows)" for name, rows in found.most_common(8))
         raise UserError(
-            f"{getattr(options, role)}: {role}_domain={domain}: no row's {column} is that; found most often: {most}"
+            f"{getattr(options, role)}: no row's {column} is '{domain}' ({role}_domain=); found most often: {most}"
         )
 
 

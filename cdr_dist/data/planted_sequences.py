@@ -1,14 +1,15 @@
 """Synthetic source sequences with planted truth: whom a pre-trained encoder serves as it is, and whom it misleads.
 
 Source sequences wander through topics: mostly from one to its successor, the same for everybody, which is what a model
-that predicts the next item learns. Every sequence begins in a *badge* topic of its user's kind, and returns to one now
-and then: that tells the kinds apart, and nothing else does.
+that predicts the next item learns. Every sequence begins with *badge* topics of its user's kind: these tell the kinds
+apart, and nothing else does.
 
     aligned    the target items are of the successor of the last topic: what pre-training has learned to expect next
     contrary   they are of another topic, by a permutation that agrees with the succession nowhere
 
-Both kinds come to the same topics, so what an encoder knows of the topic alone cannot serve both: for contrary users
-it has to change how the badge and the topic go together.
+Both kinds come to the same topics, and the badges tell nothing of what comes next in the source, so a pre-trained
+encoder has no reason to keep them to the end of a sequence. As it is, it cannot serve both kinds: aligned users are the
+larger part, and the contrary ones suffer.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ class PlantedSequences:
     """Size and shape of the logs. UserError on a value that is out of range."""
 
     users: int = 4000
-    """With target behaviours; about half are aligned, the others contrary."""
+    """With target behaviours."""
     source_users: int = 20_000
     """Without: to pre-train on."""
     topics: int = 16
     """That both kinds wander in; target items are of these."""
     badges: int = 4
     """Topics of each kind's own."""
+    introduction: int = 3
+    """Behaviours of those that every sequence begins with."""
     source_items: int = 2000
     target_items: int = 500
     shortest: int = 10
@@ -46,20 +49,24 @@ class PlantedSequences:
     """Source behaviours of a user."""
     target_behaviours: int = 3
     """Of a user at most, one at least: few, so that pre-training is worth something."""
-    aligned: float = 0.5
+    aligned: float = 0.6
     """Share of aligned users."""
     certainty: float = 0.8
-    """Probability that a topic is followed by its successor; else half of the time by a badge, or any other."""
+    """Probability that a topic is followed by its successor; else by any."""
     target_certainty: float = 0.9
     """Probability that a target item is of the topic that the user's kind says; else of any."""
     exponent: float = 1.0
-    """Of Zipf's law, by which items are chosen within a topic."""
+    """Of Zipf's law, by which source items are chosen within a topic."""
+    target_exponent: float = 0.5
+    """The same of target items: flatter, since a popular item of the wrong topic tells nothing."""
     seed: int = 8
 
     def __post_init__(self) -> None:
-        for name, least in (("users", 1), ("source_users", 0), ("topics", 3), ("badges", 1), ("target_behaviours", 1)):
+        one = ("users", "badges", "introduction", "target_behaviours")
+        for name, least in (*((name, 1) for name in one), ("source_users", 0), ("topics", 3)):
             _check(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
-        _check(2 <= self.shortest <= self.longest, "shortest", self.shortest, f"2 to longest={self.longest}")
+        least = self.introduction + 1
+        _check(least <= self.shortest <= self.longest, "shortest", self.shortest, f"{least} to longest={self.longest}")
         for name in ("aligned", "certainty", "target_certainty"):
             _check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         for name, topics in (("source_items", self.topics + 2 * self.badges), ("target_items", self.topics)):
@@ -78,17 +85,20 @@ def planted_sequences(shape: PlantedSequences) -> PlantedLogs:
     people = shape.users + shape.source_users
     contrary = random.random(people) >= shape.aligned
     length = random.integers(shape.shortest, shape.longest + 1, people)
-    visited, last = _wander(random, shape, successor, contrary)
+    visited = _wander(random, shape, successor, contrary)
     user, place = np.nonzero(np.arange(shape.longest) < length[:, None])
-    source = _log(random, "s", user, place, visited[user, place], shape.source_items, shape)
+    topics = shape.topics + 2 * shape.badges
+    source = _log(random, "s", user, place, visited[user, place], shape.source_items, shape.exponent, topics)
 
     behaviours = random.integers(1, shape.target_behaviours + 1, shape.users)
     user, place = np.nonzero(np.arange(shape.target_behaviours) < behaviours[:, None])
-    reached = last[user, length[user] - 1]
+    reached = visited[user, length[user] - 1]
     wanted = np.where(contrary[user], other[reached], successor[reached])
     chance = random.random(len(user)) >= shape.target_certainty
     topic = np.where(chance, random.integers(0, shape.topics, len(user)), wanted)
-    target = _log(random, "t", user, shape.longest + place, topic, shape.target_items, shape)
+    target = _log(
+        random, "t", user, shape.longest + place, topic, shape.target_items, shape.target_exponent, shape.topics
+    )
 
     kinds = np.where(contrary, "contrary", "aligned")
     truth = pl.DataFrame({"user_id": _names("u", np.arange(people)), "kind": kinds})
@@ -106,28 +116,18 @@ def _mappings(random: np.random.Generator, topics: int) -> tuple[Ints, Ints]:
     return successor, other
 
 
-def _wander(
-    random: np.random.Generator, shape: PlantedSequences, successor: Ints, contrary: NDArray[np.bool_]
-) -> tuple[Ints, Ints]:
-    """[people, longest]: the topic of every behaviour, and of the last one so far that is no badge."""
+def _wander(random: np.random.Generator, shape: PlantedSequences, successor: Ints, contrary: NDArray[np.bool_]) -> Ints:
+    """[people, longest]: the topic of every behaviour."""
     people = len(contrary)
     visited = np.empty((people, shape.longest), dtype=np.int64)
-    last = np.empty_like(visited)
-
-    def a_badge() -> Ints:
-        return shape.topics + contrary * shape.badges + random.integers(0, shape.badges, people)
-
-    def any_topic() -> Ints:
-        return random.integers(0, shape.topics, people)
-
-    visited[:, 0], last[:, 0] = a_badge(), any_topic()
-    for step in range(1, shape.longest):
+    badges = random.integers(0, shape.badges, (people, shape.introduction))
+    visited[:, : shape.introduction] = shape.topics + shape.badges * contrary[:, None] + badges
+    topic = random.integers(0, shape.topics, people)
+    for step in range(shape.introduction, shape.longest):
         goes_on = random.random(people) < shape.certainty
-        jump = np.where(random.random(people) < 0.5, a_badge(), any_topic())
-        visited[:, step] = np.where(goes_on, successor[last[:, step - 1]], jump)
-        common = visited[:, step] < shape.topics
-        last[:, step] = np.where(common, visited[:, step], last[:, step - 1])
-    return visited, last
+        topic = np.where(goes_on, successor[topic], random.integers(0, shape.topics, people))
+        visited[:, step] = topic
+    return visited
 
 
 def _log(
@@ -137,15 +137,15 @@ def _log(
     time: Ints,
     topic: Ints,
     items: int,
-    shape: PlantedSequences,
+    exponent: float,
+    topics: int,
 ) -> pl.DataFrame:
     """A behaviour for each user, time and topic: [n] each."""
-    topics = shape.topics + (2 * shape.badges if prefix == "s" else 0)
     of_topic = np.bincount(np.arange(items) % topics, minlength=topics)  # item i is of topic i % topics
     rank = np.empty(len(user), dtype=np.int64)
     for size in np.unique(of_topic):
         mine = of_topic[topic] == size
-        rank[mine] = zipf_ranks(random.random(int(mine.sum())), int(size), shape.exponent)
+        rank[mine] = zipf_ranks(random.random(int(mine.sum())), int(size), exponent)
     return pl.DataFrame(
         {"user_id": _names("u", user), "item_id": _names(prefix, rank * topics + topic), "timestamp": time}
     )
