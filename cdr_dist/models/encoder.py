@@ -66,6 +66,11 @@ class Route(Protocol):
     """How each sequence of a batch goes through the encoder."""
 
     @property
+    def tuned(self) -> Tensor:
+        """How much of each block is its fine-tuned copy, [n, blocks]."""
+        ...
+
+    @property
     def learns(self) -> bool:
         """Whether `policy_loss` has something to say."""
         ...

@@ -130,12 +130,11 @@ class NextItNet(nn.Module):
 
     def forward(self, embedded: Mapping[str, Tensor], batch: Labels) -> Output:
         """embedded: feature -> [B, width], of histories [U, width], of a softmax's candidates [S, width]."""
-        history = batch.histories["source"]
-        seen = Sequences.of(self._vectors(embedded, "source_history"), history)
+        seen = self._seen(embedded, batch)
         route = self.encoder.route(seen, batch.draws)
         hidden = self.encoder(seen, route)
         item = self._vectors(embedded, "target")
-        copies = len(item) // len(history)
+        copies = len(item) // len(seen.lengths)
         query = self._pooled(hidden, seen).repeat_interleave(copies, 0)
         features = query * item
         logit = features.sum(1)
@@ -160,8 +159,7 @@ class NextItNet(nn.Module):
 
         A position counts where its next item is known. Differentiable once.
         """
-        history = batch.histories["source"]
-        seen = Sequences.of(self._vectors(embedded, "source_history"), history)
+        history, seen = batch.histories["source"], self._seen(embedded, batch)
         at = NextItems.of(history, seen.rows.shape[1])
         query = self._query(self.encoder.pretraining(seen.rows).flatten(0, 1).index_select(0, at.place))
         own, ids = embedded[NEXT].index_select(0, at.distinct), history.item.index_select(0, at.distinct)
@@ -169,8 +167,16 @@ class NextItNet(nn.Module):
         rows, candidates = embedded["source_softmax"], batch.candidates["source"]
         return weighted_softmax_loss(query, own, ids, weight, rows, candidates), weight.sum()
 
+    def gates(self, embedded: Mapping[str, Tensor], batch: Labels) -> Tensor | None:
+        """How much of each block is its fine-tuned copy, [histories, blocks]; None where nothing decides that."""
+        route = self.encoder.route(self._seen(embedded, batch), batch.draws)
+        return None if route is None else route.tuned
+
     def pair_scorer(self) -> _Products:
         return _Products(self)
+
+    def _seen(self, embedded: Mapping[str, Tensor], batch: Labels) -> Sequences:
+        return Sequences.of(self._vectors(embedded, "source_history"), batch.histories["source"])
 
     def _vectors(self, embedded: Mapping[str, Tensor], what: str) -> Tensor:
         """Of items: their rows, with their categories' where the model reads these."""
@@ -233,10 +239,9 @@ class _Products:
         self._model = model
 
     def row_part(self, embedded: Mapping[str, Tensor], batch: Labels) -> Tensor:
-        model, history = self._model, batch.histories["source"]
-        seen = Sequences.of(model._vectors(embedded, "source_history"), history)
+        model, seen = self._model, self._model._seen(embedded, batch)
         hidden = model.encoder(seen, model.encoder.route(seen, batch.draws))
-        return model._pooled(hidden, seen).repeat_interleave(len(batch.label) // len(history), 0)
+        return model._pooled(hidden, seen).repeat_interleave(len(batch.label) // len(seen.lengths), 0)
 
     def item_part(self, embedded: Mapping[str, Tensor]) -> Tensor:
         return self._model._vectors(embedded, "target")

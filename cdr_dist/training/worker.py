@@ -26,6 +26,7 @@ from cdr_dist.training.learned_weights import against_truth, learned_weights
 from cdr_dist.training.loop import Loop, Phase
 from cdr_dist.training.memory import check_memory_here, keep_freed_memory
 from cdr_dist.training.mirrors import mirrors_of
+from cdr_dist.training.policies import tuned_shares
 from cdr_dist.training.run_folder import SCORES, RunFolder
 from cdr_dist.training.session import Session
 from cdr_dist.training.start_vectors import start_from_vectors
@@ -141,6 +142,7 @@ def _summary(
     checkpoints.load_parameters(checkpoints.of_step(p.best_step))
     scores = {"valid": None, "test": place.file(SCORES)}
     metrics = {split: last.measure(split, file) for split, file in scores.items()}
+    policy = {s: tuned_shares(session, s) for s in metrics} if last.stream == "lower" else {}
     passes = dict(session.passes)
     weights = learned_weights(session) if session.perceptron is not None else None
     predicted = p.step * loop.passes_a_step + p.upper_steps * config.hypergradient.passes
@@ -170,6 +172,8 @@ def _summary(
         "backward_passes": {**passes, "predicted": predicted},
         "parameters_sha256": digest,
     }
+    if any(policy.values()):
+        summary["policy"] = {"tuned_share": policy}
     if p.started:
         summary["started"] = p.started
     if session.rank:
