@@ -51,6 +51,7 @@ SUITES = (
     "epoch",
     "checkpoint",
     "start",
+    "pretrain",
 )
 """Each is a file bench_NAME.py beside this one; `cases(quick, data)` names its cases."""
 

@@ -21,7 +21,10 @@ from cdr_dist.data.dataset import (
     PARQUET,
     POSITIVES,
     ROW_GROUP_ROWS,
+    SEQUENCE_SCHEMA,
+    SEQUENCES,
     SPLITS,
+    UNKNOWN,
     VOCAB_SCHEMA,
     Manifest,
     Shard,
@@ -43,6 +46,9 @@ class Shape:
     candidates: int = 20
     sampled: bool = False
     """Labels by sampled negatives, one stored with each row that is evaluated."""
+    sequences: int = 0
+    """Rows to pre-train on, `length` items each, by Zipf's law."""
+    length: int = 50
 
 
 def random_dataset(folder: Path, shape: Shape) -> str:
@@ -71,6 +77,9 @@ def random_dataset(folder: Path, shape: Shape) -> str:
         split: [_write(folder, f"{split}/part-00000.parquet", _rows(random, shape, sizes, category, split))]
         for split in SPLITS
     }
+    if shape.sequences:
+        name = SEQUENCES[0]
+        shards[name] = [_write(folder, f"{name}/part-00000.parquet", _sequences(random, shape))]
     counts = {"users": shape.users, "source_items": shape.source_items, "target_items": shape.target_items}
     manifest = Manifest(
         source_domain="source",
@@ -82,7 +91,7 @@ def random_dataset(folder: Path, shape: Shape) -> str:
         counts=counts | {"source_behaviours": 0, "target_behaviours": shape.rows} | dict.fromkeys(POSITIVES, 1),
         unseen={split: {"user": 0.0, "item": 0.0} for split in SPLITS[1:]},
         unknown=dict.fromkeys(SPLITS, 0.0),
-        shards=shards | {name: [] for name in FOLDERS[len(SPLITS) :]},
+        shards={name: [] for name in FOLDERS} | shards,
         vocab=vocab,
     )
     (folder / "manifest.json").write_text(manifest.to_json())
@@ -132,6 +141,18 @@ def _rows(random: Any, shape: Shape, sizes: dict[str, int], category: dict[str, 
                 if f"{domain}_{name}_{part}" in EXAMPLE_SCHEMA.names:
                     columns[f"{domain}_{name}_{part}"] = _lists(of_rows, lambda _, kept=of_values: kept)
     return pa.table({name: columns[name] for name in EXAMPLE_SCHEMA.names}, schema=EXAMPLE_SCHEMA)
+
+
+def _sequences(random: Any, shape: Shape) -> pa.Table:
+    n = shape.sequences
+    items = FIRST_ID + np.minimum(random.zipf(1.2, n * shape.length) - 1, shape.source_items - 1).astype(np.int32)
+    columns = {
+        "example_id": np.arange(n),
+        "user": np.full(n, UNKNOWN, dtype=np.int32),
+        "source_history_item": _lists(np.full(n, shape.length), lambda _: items),
+        "source_history_first": np.zeros(n, dtype=np.int32),
+    }
+    return pa.table(columns, schema=SEQUENCE_SCHEMA)
 
 
 def _ids(random: Any, keys: int, count: int) -> Any:
