@@ -16,7 +16,7 @@ import profile_backward
 from cdr_dist.bilevel import hypergradient as module
 from cdr_dist.configuration import from_words
 from cdr_dist.errors import UserError
-from tests.datasets import rated
+from tests.datasets import rated, sequenced
 from tests.problem import replaced
 from tests.runs import words
 
@@ -28,7 +28,9 @@ UPPER = {
 }
 
 
-RECIPES = sorted(file.stem for file in (Path(__file__).parents[1] / "configs" / "recipe").glob("*.yaml"))
+_FILES = {file.stem: file.read_text() for file in (Path(__file__).parents[1] / "configs" / "recipe").glob("*.yaml")}
+SEQUENTIAL = sorted(name for name, text in _FILES.items() if "transfer:" in text or "pretrain:" in text)
+RECIPES = sorted(_FILES.keys() - set(SEQUENTIAL))
 MODELS = {"CoNet": [], "a user's own": ["model=custom", "model._target_=tests.backbones.Shared"]}
 
 
@@ -49,6 +51,16 @@ def test_every_recipe_with_any_backbone(tmp_path, recipe, model):
     lower = {"biao": 7, "gradient_cosine": 2 + 1}.get(recipe, 1)  # the tables take both gradients in one more
     assert passes == {"lower backward": lower, **upper}
     assert found["expected"]["the options"] == sum(passes.values())
+
+
+@pytest.mark.parametrize("recipe", SEQUENTIAL)
+def test_every_recipe_of_sequences(tmp_path, recipe):
+    more = ["model=nextitnet", "model.dilations=[1,1]", "batch.size=64", "batch.sequences=16", f"recipe={recipe}"]
+    found = profile_backward.profile(from_words(words(sequenced(), tmp_path / "run", *more)), 1)
+    phases = {"pretrain": {"pretrain"}, "uaf": {"pretrain", "finetune"}}.get(recipe, {"finetune"})
+    assert found.keys() == phases
+    for of in found.values():
+        assert {n: kind["passes"] for n, kind in of["kinds"].items() if kind.get("passes")} == {"lower backward": 1}
 
 
 @pytest.mark.parametrize("terms", [0, 3])

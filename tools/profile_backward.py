@@ -80,8 +80,7 @@ def profile(config: TrainConfig, cycles: int, trace: str = "", phase: str = "") 
         session = Session(config, dataset_of(config.data), [update for cycle in phases.values() for update in cycle])
         try:
             for name, cycle in chosen.items():
-                for update in dict.fromkeys(cycle):
-                    update.bind(session)
+                session.enter(cycle)
                 passes, profiler = _profiled(cycle, cycles)
                 if trace:
                     file = Path(trace)

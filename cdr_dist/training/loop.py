@@ -91,7 +91,7 @@ class Loop:
         self.seconds = self.rows = 0.0
         self.stopped = False
         self._saved_step = -1
-        self._enter(self.phase)
+        session.enter(self.phase.cycle)
 
     @property
     def phase(self) -> Phase:
@@ -108,7 +108,7 @@ class Loop:
         newest = self._checkpoints.newest()
         if newest is not None:
             if (phase := newest.progress().phase) != self.progress.phase:
-                self._enter(self._phases[phase])
+                self._session.enter(self._phases[phase].cycle)
             self.progress = self._checkpoints.load(newest)
             self._seek()
             self._saved_step = self.progress.step
@@ -121,11 +121,6 @@ class Loop:
                 break
             self._begin(self.progress.phase + 1)
         self._checkpoints.wait()
-
-    def _enter(self, phase: Phase) -> None:
-        self._session.train_with(phase.cycle)
-        for update in dict.fromkeys(phase.cycle):
-            update.bind(self._session)
 
     def _begin(self, number: int) -> None:
         """Goes on to the next phase; a checkpoint says so before its first step."""
@@ -145,7 +140,7 @@ class Loop:
             data_checksum=p.data_checksum,
             started=p.started,
         )
-        self._enter(phase)
+        self._session.enter(phase.cycle)
         self._seek()
         self._save()
 

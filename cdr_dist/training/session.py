@@ -97,6 +97,12 @@ class Session:
         self.dense_step = DenseStep(trained, self._optimiser)
         self.optimisers = self.dense_step.optimisers | self._upper
 
+    def enter(self, cycle: Sequence[Any]) -> None:
+        """Begins a phase: optimisers for what its updates train, and the updates bound."""
+        self.train_with(cycle)
+        for update in dict.fromkeys(cycle):
+            update.bind(self)
+
     def rows(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As `ShardedTables.rows`, of the tables that the present phase trains; the others are only read."""
         if not self.frozen.intersection(ids):
