@@ -53,9 +53,6 @@ class CandidateSampler:
             self._up_to = np.cumsum(weight)
             self._log_expected = np.log(weight * (self._size / self._up_to[-1]))
 
-    def all(self) -> Candidates:
-        return self._all
-
     def of(self, epoch: int, step: int) -> Candidates:
         """The candidates of one global batch."""
         if not self._size:
