@@ -142,11 +142,14 @@ def _table(job: str, options: Iterable[Option]) -> str:
 
 
 def _chosen(group: str) -> str:
-    """The files, and of a model its own options with their defaults, too."""
+    """The files, and of a model its own options with their defaults, too, and other options that come with it."""
     rows = []
     for name, about in train.files(group).items():
-        own = yaml.safe_load((ROOT / "configs" / group / f"{name}.yaml").read_text()) if group == "model" else {}
-        shown = [f"`model.{key}={_typed(value) or 'null'}`" for key, value in own.items() if key != "_target_"]
+        text = (ROOT / "configs" / group / f"{name}.yaml").read_text()
+        given = yaml.safe_load(text) if group in ("model", "recipe") else {}
+        whole = given if "@package _global_" in text else {group: given}
+        own = {f"{g}.{key}": v for g, of in whole.items() if g != "recipe" for key, v in of.items() if key != "_target_"}
+        shown = [f"`{key}={_typed(value) or 'null'}`" for key, value in own.items()]
         rows.append(f"| `{name}` | {'; '.join([_cell(about), *shown])} |\n")
     return "| file | what it is |\n| --- | --- |\n" + "".join(rows)
 
