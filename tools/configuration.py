@@ -148,8 +148,8 @@ def _chosen(group: str) -> str:
         text = (ROOT / "configs" / group / f"{name}.yaml").read_text()
         given = yaml.safe_load(text) if group in ("model", "recipe") else {}
         whole = given if "@package _global_" in text else {group: given}
-        own = {f"{g}.{key}": v for g, of in whole.items() if g != "recipe" for key, v in of.items() if key != "_target_"}
-        shown = [f"`{key}={_typed(value) or 'null'}`" for key, value in own.items()]
+        own = [(f"{g}.{key}", value) for g, of in whole.items() if g != "recipe" for key, value in of.items()]
+        shown = [f"`{key}={_typed(value) or 'null'}`" for key, value in own if not key.endswith("._target_")]
         rows.append(f"| `{name}` | {'; '.join([_cell(about), *shown])} |\n")
     return "| file | what it is |\n| --- | --- |\n" + "".join(rows)
 
