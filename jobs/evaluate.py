@@ -8,7 +8,8 @@
 Prints the metrics as JSON: the same as in the run's summary.json, whatever number of workers trained it. split is
 valid or test (the default); scores names a Parquet file for every row's user, example, label and score. full_ks
 ranks every positive among all target items: full_hr@K, full_ndcg@K, full_mrr@K; full_exclude=train leaves those out
-that its user trained on, none does not; both are the run's own unless given. data names a dataset that the run's own
+that its user trained on, none does not; both are the run's own unless given. A run of recipe=pretrain has nll, the
+loss of the next item, and nothing else. data names a dataset that the run's own
 was extended to (prepare's extends=): an old model on new days.
 """
 

@@ -46,6 +46,7 @@ SEQUENTIAL = (
     "tables.width=8",
     "batch.size=32",
     "batch.sequences=24",
+    "batch.history_length=8",
     "softmax.negatives=12",
     "trainer.epochs=1",
     "trainer.max_steps=0",

@@ -84,6 +84,11 @@ class NextItNet(nn.Module):
         """The pre-trained parameters are in place: what is added may start from them."""
         self.encoder.begin()
 
+    @property
+    def judges_behaviours(self) -> bool:
+        """Whether a row's source loss is that of its source behaviour alone, so that this can be weighed."""
+        return self._drawn
+
     def architecture(self) -> dict[str, Any]:
         """What a run must share with the one that it starts from."""
         return {"dilations": self._dilations, "categories": "category" in self._parts}

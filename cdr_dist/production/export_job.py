@@ -27,7 +27,7 @@ from cdr_dist.data.feature_names import is_bag, of_history, vocabulary_of
 from cdr_dist.data.keys import Keys
 from cdr_dist.data.shards import verify
 from cdr_dist.data.words import check, described, fields_of, option, values_of
-from cdr_dist.training.best import best_of_run
+from cdr_dist.training.best import best_of_run, check_knows_targets
 from cdr_dist.training.checkpoint import best_step
 from cdr_dist.training.launch import absolute, on_workers, quiet_libraries, with_workers
 from cdr_dist.training.memory import check_memory_here
@@ -64,6 +64,7 @@ def export_job(words: Sequence[str]) -> None:
     quiet_libraries()
     place = RunFolder(options.run)
     config = place.config()
+    check_knows_targets(config, place)
     storage.use(config.storage)
     step = best_step(place)
     config = with_workers(config, options.workers)
@@ -87,7 +88,7 @@ def _check_free(out: str) -> None:
 
 def export_worker(given: dict[str, Any]) -> dict[str, Any] | None:
     """What every worker runs; torch.distributed is initialised. Worker 0 returns export.json's content."""
-    from cdr_dist.production.scorer import exported
+    from cdr_dist.production.scorer import exported, features_of
 
     quiet_libraries()
     config, folder, out = from_yaml(given["config"]), given["folder"], given["out"]
@@ -96,11 +97,13 @@ def export_worker(given: dict[str, Any]) -> dict[str, Any] | None:
     with best_of_run(config, folder, place, given["step"], memory) as session:
         verify(folder, session.manifest, session.rank, session.workers, config.trainer.verify)
         longest, width = config.batch.history_length, config.tables.width
-        program = exported(session.model.cpu(), width, longest) if session.rank == 0 else None
-        tables = {name: _write_table(session, name, out) for name in session.tables.specs}
+        model = session.model.cpu()
+        read = {name: session.features[name] for name in features_of(model, width, longest)}
+        program = exported(model, width, longest) if session.rank == 0 else None
+        tables = {name: _write_table(session, name, out) for name in session.tables.specs if name in read.values()}
         if program is None:
             return None
-        for item in sorted({vocabulary_of(f) for f in session.features} & {"source_item", "target_item"}):
+        for item in sorted({vocabulary_of(f) for f in read} & {"source_item", "target_item"}):
             path = session.manifest.vocab[item].path
             storage.write_bytes(storage.join(out, path), storage.read_bytes(storage.join(folder, path)))
         file = io.BytesIO()
@@ -113,7 +116,7 @@ def export_worker(given: dict[str, Any]) -> dict[str, Any] | None:
                 "shape": ["rows", longest, width] if of_history(name) else ["rows", width],
                 "values": "sum" if is_bag(name) else "one",
             }
-            for name, table in session.features.items()
+            for name, table in read.items()
         }
         domains = sorted({name.partition("_")[0] for name in features if of_history(name)})
         return {

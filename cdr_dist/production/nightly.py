@@ -138,6 +138,11 @@ class _Night:
         config = self._config(published)
         log.info("training %s%s", config.run, f" from {config.warm_start.run}" if config.warm_start.run else "")
         summary = train(config, config.data, quiet=True)
+        if "auc" not in summary["metrics"]["test"]:
+            raise UserError(
+                f"{config.run}: ended in pre-training, at trainer.max_steps={config.trainer.max_steps}, so there is "
+                "nothing to publish; raise it, with another out= or without this date's folders"
+            )
         if "metrics" not in self._known:
             self._note(run=config.run, metrics=summary["metrics"], parameters_sha256=summary["parameters_sha256"])
 

@@ -128,8 +128,20 @@ def read_words(words: Sequence[str]) -> Request:
     for name in ("source", "target"):
         check(DATE in rest.get(name, ""), f"{name}={rest.get(name, '')}: name the logs by day, as logs/books/{DATE}/")
     found.prepare_options("out", "")  # checks the rest
-    found.train_config("data", "run", "")
+    _check_recipe(found.train_config("data", "run", ""))
     return found
+
+
+def _check_recipe(config: TrainConfig) -> None:
+    """UserError: one that a night cannot start, or that makes nothing to publish."""
+    recipe = config.recipe
+    if not recipe.target:
+        raise UserError(f"recipe={recipe.name}: knows no target items, so there is nothing to publish; take recipe=uaf")
+    if recipe.phases and recipe.phases[0].start == "pretrained":
+        raise UserError(
+            f"recipe={recipe.name}: fine-tunes a pre-trained run, and a night starts from the published model alone; "
+            "take recipe=uaf, which pre-trains and fine-tunes every night (recipe.transfer= may be another way)"
+        )
 
 
 def check_day(prepare: Sequence[str], date: str) -> None:

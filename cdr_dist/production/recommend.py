@@ -26,7 +26,7 @@ from cdr_dist.crash_points import durable
 from cdr_dist.data import storage
 from cdr_dist.data.batch import item_categories
 from cdr_dist.data.dataset import FIRST_ID, PADDING, USERS
-from cdr_dist.data.feature_names import of_history
+from cdr_dist.data.feature_names import is_shared, of_history, vocabulary_of
 from cdr_dist.data.keys import Keys
 from cdr_dist.data.lanes import lanes_of
 from cdr_dist.data.stored_rows import StoredRows
@@ -117,8 +117,10 @@ class Recommender:
         users: pa.Array | None = None,
     ) -> None:
         self._session, self._options, self._trained, self._asked = session, options, trained, users
-        self._reads_source = any(f.startswith("source_") and not of_history(f) for f in session.features)
-        self._reads = [n for n in HISTORIES if any(f.startswith(n.removesuffix("item")) for f in session.features)]
+        features = [f for f in session.model.spec().features if not is_shared(f)]  # not those of pre-training
+        self._reads_user = any(vocabulary_of(f) == "user" for f in features)
+        self._reads_source = any(f.startswith("source_") and not of_history(f) for f in features)
+        self._reads = [n for n in HISTORIES if any(f.startswith(n.removesuffix("item")) for f in features)]
         self._lanes = list(lanes_of(session.rank, session.workers, session.config.stream.lanes))
         self._category = item_categories(session.folder, session.manifest, "target") if options.per_category else None
         session.model.eval()
@@ -234,7 +236,7 @@ class Recommender:
 
     def _known(self, stored: StoredRows) -> NDArray[np.bool_]:
         """Whether the model knows anything of a user: by the user's own row, or by a behaviour that it reads."""
-        known = self._trained.users[stored["user"]].copy()
+        known = self._trained.users[stored["user"]] & self._reads_user
         lists = [*self._reads, *(["source_candidates_item"] if self._reads_source else [])]
         for name in lists:
             flat, lengths = stored.lists(name).of(np.arange(len(stored)))

@@ -25,7 +25,7 @@ from cdr_dist.embeddings.workers import through_shared_memory
 from cdr_dist.errors import UserError
 from cdr_dist.production.recommendation_options import RecommendOptions, options_from_words
 from cdr_dist.training import lease
-from cdr_dist.training.best import best_of_run
+from cdr_dist.training.best import best_of_run, check_knows_targets
 from cdr_dist.training.checkpoint import best_step
 from cdr_dist.training.launch import absolute, on_workers, quiet_libraries, with_workers
 from cdr_dist.training.memory import check_memory_here
@@ -120,6 +120,7 @@ def _of_run(options: RecommendOptions) -> tuple[TrainConfig, RunFolder, str, Man
     """The run's configuration with these workers, its folder, and the dataset whose users are served."""
     place = RunFolder(options.run)
     config = place.config()
+    check_knows_targets(config, place)
     storage.use(config.storage)
     best_step(place)
     folder = dataset_of(options.data or config.data)

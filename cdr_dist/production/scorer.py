@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cdr_dist.data.feature_names import of_history
+from cdr_dist.data.feature_names import DOMAINS, of_history
 from cdr_dist.errors import UserError
 from cdr_dist.models.protocol import Backbone
 
@@ -42,6 +43,7 @@ class _Rows:
     source_label: Tensor
     histories: dict[str, Padded]
     source_before: Tensor
+    draws: Tensor
 
 
 class Scorer(nn.Module):
@@ -51,6 +53,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.model, self._longest = model, longest
         self._histories = {f for f in model.spec().features if of_history(f)}
+        self._draws = int(getattr(model, "draws", 0))
 
     def forward(self, features: dict[str, Tensor], lengths: dict[str, Tensor]) -> Tensor:
         # The first row comes again at the end: a program for any number of rows need not hold for one alone.
@@ -59,14 +62,51 @@ class Scorer(nn.Module):
         some = next(iter(more.values()))
         nothing = some.new_zeros(some.shape[0])
         histories = {domain: Padded(torch.cat([of, of[:1]]), self._longest) for domain, of in lengths.items()}
-        batch: Any = _Rows(nothing, nothing, histories, nothing.long())
+        draws = some.new_full((some.shape[0], self._draws), 0.5)  # no score depends on them: `exported` has looked
+        batch: Any = _Rows(nothing, nothing, histories, nothing.long(), draws)
         logit: Tensor = self.model(embedded, batch).target_logit
         return logit[:-1]
 
 
-def exported(model: Backbone, width: int, longest: int) -> torch.export.ExportedProgram:
-    """UserError: a backbone that torch.export cannot take."""
-    names = list(model.spec().features)
+class _Read(dict[str, Tensor]):
+    """Remembers which features were asked for."""
+
+    def __init__(self, features: Mapping[str, Tensor]) -> None:
+        super().__init__(features)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+
+@torch.no_grad()
+def features_of(model: Any, width: int, longest: int) -> list[str]:
+    """What scoring reads; losses may read more. UserError: scores that depend on what is drawn for a user."""
+    generator = torch.Generator().manual_seed(0)
+    features = model.spec().features
+    embedded = _Read(
+        {f: torch.randn(2 * longest if of_history(f) else 2, width, generator=generator) for f in features}
+    )
+    nothing, draws = torch.zeros(2), int(getattr(model, "draws", 0))
+    histories = {d: Padded(torch.full((2,), longest), longest) for d in DOMAINS}
+    was = model.training
+    model.eval()
+    scores = []
+    for drawn in (0.01, 0.99):
+        batch: Any = _Rows(nothing, nothing, histories, nothing.long(), torch.full((2, draws), drawn))
+        scores.append(model(embedded, batch).target_logit)
+    model.train(was)
+    if not torch.equal(*scores):
+        raise UserError(
+            "what is drawn for each user decides the scores (uaf_random), which no program elsewhere can draw"
+        )
+    return [f for f in features if f in embedded.asked]
+
+
+def exported(model: Any, width: int, longest: int) -> torch.export.ExportedProgram:
+    """Of `features_of` the model. UserError: a backbone that torch.export cannot take, or that draws."""
+    names = features_of(model, width, longest)
     domains = sorted({f.partition("_")[0] for f in names if of_history(f)})
     features = {f: torch.zeros(2, longest, width) if of_history(f) else torch.zeros(2, width) for f in names}
     lengths = {domain: torch.full((2,), longest) for domain in domains}

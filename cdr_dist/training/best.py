@@ -8,11 +8,21 @@ from contextlib import contextmanager
 import torch
 
 from cdr_dist.configuration import TrainConfig
+from cdr_dist.errors import UserError
 from cdr_dist.training.checkpoint import Checkpoints
 from cdr_dist.training.run_folder import RunFolder
 from cdr_dist.training.session import Session
 from cdr_dist.training.warm_start import warm_start
 from cdr_dist.training.worker import phases_of
+
+
+def check_knows_targets(config: TrainConfig, place: RunFolder) -> None:
+    """UserError: a run of source sequences alone, which scores no target item."""
+    if not config.recipe.target:
+        raise UserError(
+            f"{place.uri}: recipe={config.recipe.name} knows no target items; fine-tune it first: "
+            f"python jobs/train.py recipe=uaf_hard model=nextitnet warm_start.run={place.uri} …"
+        )
 
 
 @contextmanager
@@ -28,7 +38,7 @@ def best_of_run(
     session = Session(config, folder, [update for phase in phases_of(config) for update in phase.cycle], memory)
     try:
         if grown:
-            warm_start(session, place)
+            warm_start(session, place, whole=True)
         else:
             checkpoints = Checkpoints(place.checkpoints, session, config.trainer.keep)
             saved = checkpoints.of_step(step)

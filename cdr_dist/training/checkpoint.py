@@ -232,11 +232,11 @@ class Checkpoints:
             getattr(self._session, name).load_state_dict(values)
         return state
 
-    def load_grown(self, saved: Saved, statistics: bool) -> None:
+    def load_grown(self, saved: Saved, statistics: bool, whole: bool = False) -> None:
         """The parameters of another run whose tables have at most as many rows; rows beyond those stay as they are.
 
         statistics: those of the fused optimiser, too. What only one of the runs has stays as it is: modules, tables,
-        and the parameters of a model that are not its `pretrained` ones.
+        and the parameters of a model that are not its `pretrained` ones; whole: these are read, too.
         """
         parts = parts_of(self._session)
         wanted = {key: part for key, part in parts.items() if statistics or key[1] == "weights"}
@@ -244,7 +244,7 @@ class Checkpoints:
         for name, values in state["modules"].items():
             module = getattr(self._session, name)
             try:
-                if hasattr(module, "pretrained"):
+                if hasattr(module, "pretrained") and not whole:
                     values = module.state_dict() | {key: values[key] for key in module.pretrained() if key in values}
                 if module is not None:
                     module.load_state_dict(values)

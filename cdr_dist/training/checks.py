@@ -13,7 +13,7 @@ from cdr_dist.bilevel.options import ALL_TABLES, DENSE
 from cdr_dist.configuration import TrainConfig
 from cdr_dist.data import feature_names, storage
 from cdr_dist.data.candidates import Candidates
-from cdr_dist.data.dataset import SEQUENCES, Manifest, read_manifest
+from cdr_dist.data.dataset import FIRST_ID, SEQUENCES, Manifest, read_manifest
 from cdr_dist.data.histories import History
 from cdr_dist.data.truth import of_categories
 from cdr_dist.embeddings.options import TableSpec
@@ -111,8 +111,10 @@ def _built(what: str, spec: Any, **more: Any) -> Any:
 def check_updates(config: TrainConfig, folder: str) -> None:
     """What the recipe's updates need: builds them, which loads TorchRec."""
     for update in (u for cycle in build_updates(config) for u in cycle):
-        if getattr(update, "needs_truth", False) and not of_categories(folder):
-            raise UserError(f"recipe={config.recipe.name}: needs data with planted truth, such as data=demo")
+        if getattr(update, "needs_truth", False):
+            if not of_categories(folder):
+                raise UserError(f"recipe={config.recipe.name}: needs data with planted truth, such as data=demo")
+            _check_one_by_one(config, build_model(config))
         if getattr(update, "learned", False):
             check_weighable(config, build_model(config))
 
@@ -122,11 +124,22 @@ def check_weighable(config: TrainConfig, model: Any) -> None:
     lacking = [f for f in WEIGHED if f not in model.spec().features]
     if lacking or not config.recipe.source:
         what = f"the model does not read {lacking[0]}" if lacking else "the recipe has source: false"
+        if lacking and hasattr(model, "adapt"):
+            what += "; take model=nextitnet_mtl"
         raise UserError(f"recipe={config.recipe.name}: weighs source behaviours, but {what}")
+    _check_one_by_one(config, model)
     known = [DENSE, ALL_TABLES, *model.spec().tables]
     for name in config.hypergradient.theta:
         if name not in known:
             raise UserError(f"hypergradient.theta: '{name}' is unknown; {nearest(name, known)}")
+
+
+def _check_one_by_one(config: TrainConfig, model: Any) -> None:
+    if not getattr(model, "judges_behaviours", True):
+        raise UserError(
+            f"recipe={config.recipe.name}: weighs source behaviours, but model.source_positions=all judges whole "
+            "sequences; take model.source_positions=drawn"
+        )
 
 
 def table_specs(config: TrainConfig, manifest: Manifest, model: Any) -> list[TableSpec]:
@@ -227,8 +240,25 @@ def check_dataset(config: TrainConfig, manifest: Manifest) -> None:
         raise UserError(f"trainer.workers={workers} but stream.lanes={config.stream.lanes}: a worker needs a lane")
     if config.recipe.target and not manifest.examples("train"):
         raise UserError(f"{config.data}: no training rows")
-    if config.recipe.pretrain and not manifest.examples(SEQUENCES[0]):
+    if config.recipe.pretrain:
+        _check_sequences(config, manifest)
+    items = manifest.rows["source_item"] - FIRST_ID
+    if config.softmax.negatives > items:
+        raise UserError(
+            f"softmax.negatives={config.softmax.negatives}: {config.data} has {items} source items; "
+            "softmax.negatives=0 takes each of them once"
+        )
+
+
+def _check_sequences(config: TrainConfig, manifest: Manifest) -> None:
+    if not manifest.examples(SEQUENCES[0]):
         raise UserError(f"{config.data}: has no source sequences to pre-train on; prepare it with sequences=50")
+    longest, kept = int(manifest.options.get("sequences", 0)), config.batch.history_length
+    if longest > kept:
+        raise UserError(
+            f"batch.history_length={kept}: {config.data} has sequences of up to {longest} items, of which only the "
+            f"last {kept} would be learned from; batch.history_length={longest} takes them whole"
+        )
 
 
 def most_steps(config: TrainConfig, manifest: Manifest) -> int:

@@ -21,7 +21,7 @@ from cdr_dist.evaluation.charts import BLUE, ORANGE, Curve, curves
 from cdr_dist.evaluation.report import Chart, Report, Section, Table
 from cdr_dist.evaluation.significance import PairedDifference, paired_bootstrap
 from cdr_dist.evaluation.table import markdown
-from cdr_dist.training.report import COUNTS, decimals, metric_name, series
+from cdr_dist.training.report import COUNTS, decimals, metric_name, series, size_of
 from cdr_dist.training.run_folder import CONFIG, SCORES, WEIGHTS, RunFolder
 
 MOST_CATEGORIES = 40
@@ -43,6 +43,7 @@ def compare(a: RunFolder, b: RunFolder) -> Report:
                 _configuration(a, b),
                 _curves(a, b, summaries),
                 _weights(a, b),
+                _policies(summaries),
                 _cost(summaries),
             )
             if section is not None
@@ -94,8 +95,9 @@ def _headline(summaries: Sequence[Mapping[str, Any]], found: PairedDifference | 
     shown = []
     for letter, summary in zip("ab", summaries, strict=True):
         test = summary["metrics"]["test"]
-        note = f"{summary['recipe']}, seed {summary['seed']}, {test['rows']:,} rows"
-        shown.append((f"Test AUC of {letter}", decimals(test["auc"]), note))
+        metric = "auc" if "auc" in test else summary["best"]["metric"]
+        note = f"{summary['recipe']}, seed {summary['seed']}, {size_of(summary, 'test')}"
+        shown.append((f"Test {metric_name(metric)} of {letter}", decimals(test[metric]), note))
     if found is not None:
         interval = f"95%, users: {found.low:+.4f} … {found.high:+.4f}"
         shown.append(("b - a", f"{found.difference:+.4f}", interval))
@@ -103,14 +105,18 @@ def _headline(summaries: Sequence[Mapping[str, Any]], found: PairedDifference | 
 
 
 def _metrics(summaries: Sequence[Mapping[str, Any]], found: PairedDifference | None) -> Section:
-    says = (
-        "Measured on other test rows: the numbers stand beside each other, no more."
-        if found is None
-        else (
+    kinds = ["auc" in summary["metrics"]["test"] for summary in summaries]
+    if found is not None:
+        says = (
             f"Test AUC of b is {found.difference:+.4f} from a's (95% over users {found.low:+.4f} … {found.high:+.4f}, "
             f"p {found.p:.3f}; one training each: another seed may differ by as much)."
         )
-    )
+    elif not any(kinds):
+        says = "Both predict the next source item: the smaller loss is the better one, on the same test sequences."
+    elif not all(kinds):
+        says = "One predicts the next source item, the other target items: there is no number that both have."
+    else:
+        says = "Measured on other test rows: the numbers stand beside each other, no more."
     rows = []
     splits = [(summary["metrics"][split], split) for split in ("valid", "test") for summary in summaries]
     names = dict.fromkeys(metric for values, _ in splits for metric in values if metric not in COUNTS)
@@ -147,7 +153,12 @@ def _curves(a: RunFolder, b: RunFolder, summaries: Sequence[Mapping[str, Any]]) 
     lines = [place.lines() for place in (a, b)]
     metric = summaries[0]["best"]["metric"]
     wanted = [("train", "target_loss", "Training loss of the target", "loss")]
-    wanted += [("valid", m, f"Validation {metric_name(m)}", metric_name(m)) for m in dict.fromkeys(["auc", metric])]
+    wanted += [("valid", "nll", "Pre-training: validation next-item loss", metric_name("nll"))]
+    wanted += [
+        ("valid", m, f"Validation {metric_name(m)}", metric_name(m))
+        for m in dict.fromkeys(["auc", metric])
+        if m != "nll"
+    ]
     charts = []
     for split, value, title, axis in wanted:
         found = [series(of, split, value) for of in lines]
@@ -175,6 +186,18 @@ def _weights(a: RunFolder, b: RunFolder) -> Section | None:
     says = f"1 is the mean over a run's source behaviours.{some}"
     table = Table("Mean weight of a source category", ["Category", "Behaviours of a", "a", "b", "b - a"], rows)
     return Section("Weights", says, tables=[table])
+
+
+def _policies(summaries: Sequence[Mapping[str, Any]]) -> Section | None:
+    """How much of each block is fine-tuned, where both have a policy and as many blocks."""
+    found = [((s.get("policy") or {}).get("tuned_share") or {}).get("test") or [] for s in summaries]
+    if not found[0] or len(found[0]) != len(found[1]):
+        return None
+    rows = [
+        [f"Block {i}", f"{x:.3f}", f"{y:.3f}", f"{y - x:+.3f}"] for i, (x, y) in enumerate(zip(*found, strict=True), 1)
+    ]
+    says = "The mean share of the fine-tuned copy over the test rows."
+    return Section("Policy", says, tables=[Table("What is fine-tuned", ["Block", "a", "b", "b - a"], rows)])
 
 
 def _by_name(place: RunFolder) -> pl.DataFrame | None:

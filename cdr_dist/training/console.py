@@ -68,7 +68,7 @@ class Console:
             return
         if line["split"] == "start":
             for table, rows in values.items():
-                self._say(step, f"{rows} rows of table {table} start from given vectors")
+                self._say(step, f"{rows} rows of table {table} start from an earlier run or from given vectors")
             return
         keys: list[str] = [*VALIDATION, *(k for k in values if k.startswith(FULL))]
         keys = keys if line["split"] == "valid" else [*LOSSES]

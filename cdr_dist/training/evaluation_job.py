@@ -9,9 +9,10 @@ from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.demo import dataset_of
 from cdr_dist.data.shards import verify
 from cdr_dist.errors import UserError, nearest
-from cdr_dist.training.best import best_of_run
+from cdr_dist.training.best import best_of_run, check_knows_targets
 from cdr_dist.training.checkpoint import best_step
 from cdr_dist.training.launch import alone, quiet_libraries
+from cdr_dist.training.next_item import NextItem
 from cdr_dist.training.options import EXCLUDED, one_of
 from cdr_dist.training.run_folder import RunFolder
 from cdr_dist.training.split_metrics import split_metrics
@@ -69,11 +70,13 @@ def evaluate_run(
 ) -> tuple[int, dict[str, float | None]]:
     """(step of the best checkpoint, its metrics on a split), whatever number of workers wrote it.
 
-    full_ks, full_exclude: instead of the run's own. data: a dataset that the run's own was extended to; the rows of
-    keys that the run does not know are as a warm start makes them.
+    A pre-trained run has `nll` alone. full_ks, full_exclude: instead of the run's own. data: a dataset that the run's
+    own was extended to; the rows of keys that the run does not know are as a warm start makes them.
     """
     place = RunFolder(run)
     config = place.config()
+    if scores or full_ks or full_exclude:
+        check_knows_targets(config, place)
     if full_exclude is not None:
         config.evaluation.full_exclude = full_exclude
     step = best_step(place)
@@ -83,5 +86,10 @@ def evaluate_run(
         check_fits(place, config, folder, manifest)
     verify(folder, manifest, how=config.trainer.verify)
     with alone(), best_of_run(config, folder, place, step, grown=data is not None) as session:
-        found = split_metrics(session, split, config.evaluation.full_ks if full_ks is None else full_ks, scores)
+        if config.recipe.target:
+            found = split_metrics(session, split, config.evaluation.full_ks if full_ks is None else full_ks, scores)
+        else:
+            pretraining = NextItem()
+            pretraining.bind(session)
+            found = pretraining.measure(split)
     return step, {name: value if value == value else None for name, value in found.items()}

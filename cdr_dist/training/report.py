@@ -10,18 +10,27 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from cdr_dist.crash_points import durable
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import Manifest, read_manifest
 from cdr_dist.errors import UserError
-from cdr_dist.evaluation.charts import BLUE, ORANGE, Curve, curves
+from cdr_dist.evaluation.charts import BLUE, ORANGE, Bar, Curve, bars, curves
 from cdr_dist.evaluation.report import Chart, Report, Section, Table, page
 from cdr_dist.training.report_of_weights import section_of_weights
 from cdr_dist.training.run_folder import CONFIG, REPORT, RunFolder
 
-MODELS = {"conet": "CoNet", "minet": "MiNet", "dasl": "DASL"}
+MODELS = {"conet": "CoNet", "minet": "MiNet", "dasl": "DASL", "nextitnet": "NextItNet"}
 """As their papers write them; others are written as the summary has them."""
-METRICS = {"auc": "AUC", "gauc": "AUC within users", "logloss": "log loss", "accuracy": "accuracy", "f1": "F1"}
+METRICS = {
+    "auc": "AUC",
+    "gauc": "AUC within users",
+    "logloss": "log loss",
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "nll": "next-item loss",
+}
 COUNTS = ("rows", "gauc_users")
 
 
@@ -43,8 +52,8 @@ def report_of(place: RunFolder, folder: str | None) -> Report:
     manifest = _manifest(folder, summary)
     lines = place.lines()
     dataset = folder if manifest is not None else None
-    sections = [_metrics(summary), _curves(summary, lines), section_of_weights(place, summary, dataset, manifest)]
-    sections += [_cost(summary), _data(summary, manifest)]
+    sections = [_metrics(summary), _curves(summary, lines), section_of_policy(summary)]
+    sections += [section_of_weights(place, summary, dataset, manifest), _cost(summary), _data(summary, manifest)]
     config = storage.read_bytes(place.file(CONFIG)).decode()
     made_with = json.loads(storage.read_bytes(place.file("versions.json")))
     folded = {
@@ -96,11 +105,19 @@ def decimals(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
+def size_of(summary: Mapping[str, Any], split: str) -> str:
+    """What the metrics of a split were measured on."""
+    if "rows" in summary["metrics"][split]:
+        return f"{summary['metrics'][split]['rows']:,} rows"
+    known = summary["data"].get("sequences")  # runs of earlier versions did not say
+    return f"{known[split]:,} sequences" if known else "all sequences"
+
+
 def _headline(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     best, test = summary["best"], summary["metrics"]["test"]
     metric = best["metric"]
     shown = [
-        (f"Test {metric_name(m)}", decimals(test[m]), f"{test['rows']:,} rows")
+        (f"Test {metric_name(m)}", decimals(test[m]), size_of(summary, "test"))
         for m in dict.fromkeys(["auc", metric, "logloss"])
         if test.get(m) is not None
     ]
@@ -118,12 +135,14 @@ def _metrics(summary: Mapping[str, Any]) -> Section:
         for m in test
         if m not in COUNTS and (test[m], valid.get(m)) != (None, None)
     ]
-    rows.append(["Rows", f"{valid['rows']:,}", f"{test['rows']:,}"])
+    sizes = [size_of(summary, split).split() for split in ("valid", "test")]
+    unit = sizes[0][1]
+    rows.append([_sentence(unit), *(size for size, _ in sizes)])
     best = summary["best"]
     return Section(
         "Result",
         f"All numbers are those of the checkpoint at step {best['step']:,}, the best by "
-        f"{metric_name(best['metric'])} on the validation rows. The test rows played no part in the choice.",
+        f"{metric_name(best['metric'])} on the validation {unit}. The test {unit} played no part in the choice.",
         tables=[Table("Metrics of the best checkpoint", ["Metric", "Validation", "Test"], rows)],
     )
 
@@ -141,12 +160,14 @@ def series(lines: Lines, split: str, value: str) -> tuple[list[float], list[floa
 def _curves(summary: Mapping[str, Any], lines: Lines) -> Section | None:
     best = summary["best"]
     marks = {
-        str(line["phase"]): line["step"]
+        str(line["phase"]): before["step"]  # where it began
         for before, line in itertools.pairwise(lines)
         if before["phase"] != line["phase"] and before["phase"]
     }
-    charts = [_losses(lines, marks)]
+    charts = [_next_items(lines), _losses(lines, marks)]
     for metric in dict.fromkeys(["auc", best["metric"], "logloss"]):
+        if metric == "nll":  # drawn with its training loss
+            continue
         charts.append(
             _curve(
                 lines,
@@ -172,6 +193,50 @@ def _course(name: str, x: Sequence[float], y: Sequence[float]) -> str:
         return f"{name} is {y[0]:.4g} throughout."
     way = f"from {y[0]:.4g} at step {x[0]:,} to {y[-1]:.4g} at step {x[-1]:,}"
     return f"{name} goes {way} (between {low:.4g} and {high:.4g})."
+
+
+def _next_items(lines: Lines) -> Chart | None:
+    """Of pre-training: what it minimises, and the same of the validation sequences."""
+    found = {label: series(lines, split, "nll") for label, split in (("training", "train"), ("validation", "valid"))}
+    colours = {"training": BLUE, "validation": ORANGE}
+    drawn = [Curve(label, *of, colours[label]) for label, of in found.items() if of[0]]
+    if not drawn:
+        return None
+    says, marks = " ".join(_course(f"The {curve.label} loss", curve.x, curve.y) for curve in drawn), {}
+    steps, values = found["validation"]
+    if steps:
+        best = steps[int(np.argmin(values))]
+        marks = {"best": best}
+        says += f" The dashed line is the best checkpoint of pre-training, step {best:,.0f}."
+    return Chart("Pre-training: next-item loss", curves("next-items", drawn, "next-item loss", marks), says)
+
+
+def section_of_policy(summary: Mapping[str, Any]) -> Section | None:
+    """None: no policy decided anything."""
+    shares = (summary.get("policy") or {}).get("tuned_share") or {}
+    if not shares.get("test"):
+        return None
+    test = shares["test"]
+    drawn = [Bar(f"block {i}", share, f"{share:.2f}") for i, share in enumerate(test, 1)]
+    rows = [
+        [f"Block {i}", *(f"{shares[split][i - 1]:.3f}" if shares.get(split) else "–" for split in ("valid", "test"))]
+        for i in range(1, len(test) + 1)
+    ]
+    mean = sum(test) / len(test)
+    chart = Chart(
+        "Share of users whose block is the fine-tuned one",
+        bars("policy", drawn, "share of the fine-tuned copy, test rows", 0.5, {}),
+        f"{mean:.1%} on average over the blocks, the first one next to the items. At the orange line, one half, both "
+        "are as frequent.",
+    )
+    return Section(
+        "The policy: which blocks are fine-tuned, for whom",
+        "Of each block there is a pre-trained one, which stayed as it was, and a copy that was fine-tuned. A share of "
+        "0: every user goes through the pre-trained block; 1: through the copy. A soft policy mixes both, and this is "
+        "the copy's mean share.",
+        [chart],
+        [Table("Mean share of the fine-tuned copy", ["Block", "Validation", "Test"], rows)],
+    )
 
 
 def _losses(lines: Lines, marks: Mapping[str, float]) -> Chart | None:
@@ -231,7 +296,9 @@ def _cost(summary: Mapping[str, Any]) -> Section:
         facts.append(["Upper updates", f"{summary['upper_steps']:,}"])
     facts.append(["Seconds of training", f"{speed['train_s']:,.1f}"])
     if speed["examples_per_s"] is not None:
-        facts.append(["Examples a second", f"{speed['examples_per_s']:,.0f}"])
+        both = "Sequences and examples" if "rows" in summary["metrics"]["test"] else "Sequences"
+        what = both if "sequences" in summary["data"] else "Examples"
+        facts.append([f"{what} a second", f"{speed['examples_per_s']:,.0f}"])
     if speed["stall_share"] is not None:
         facts.append(["Share of it spent waiting for data", f"{speed['stall_share']:.1%}"])
     facts.append(["Seconds waiting for checkpoints", f"{speed['checkpoint_stall_s']:.3f}"])
@@ -256,6 +323,10 @@ def _data(summary: Mapping[str, Any], manifest: Manifest | None) -> Section:
         *([f"{d.capitalize()} items", f"{items[d]:,}"] for d in ("source", "target")),
     ]
     says = "The dataset could not be read when this was written: names and unseen shares are missing."
+    if sequences := data.get("sequences"):
+        header.insert(2, "Sequences")
+        for row, split in zip(rows, data["examples"], strict=True):
+            row.append(f"{sequences[split]:,}")
     if manifest is not None:
         header += ["Unseen users", "Unseen items", "Unknown ids"]
         for row, split in zip(rows, data["examples"], strict=True):

@@ -29,7 +29,20 @@ def check_start(config: TrainConfig, folder: str, manifest: Manifest) -> None:
             "(python jobs/train.py recipe=pretrain model=nextitnet makes one)"
         )
     if config.warm_start.run:
+        if first.start == "pretrained":
+            _check_pretrained(RunFolder(config.warm_start.run))
         check_fits(RunFolder(config.warm_start.run), config, folder, manifest)
+
+
+def _check_pretrained(place: RunFolder) -> None:
+    before = place.config()
+    if before.recipe.transfer or not (before.recipe.pretrain or before.recipe.source):
+        earlier = before.warm_start.run if before.recipe.transfer else ""
+        other = f"; it began with {earlier}, which may be one" if earlier else ""
+        raise UserError(
+            f"{place.uri}: is no pre-trained run but one of recipe={before.recipe.name}; "
+            f"warm_start.run= names one of recipe=pretrain{other}"
+        )
 
 
 def check_fits(place: RunFolder, config: TrainConfig, folder: str, manifest: Manifest) -> None:
@@ -58,12 +71,12 @@ def check_fits(place: RunFolder, config: TrainConfig, folder: str, manifest: Man
 def _to_agree(before: TrainConfig, config: TrainConfig, model: Any) -> list[tuple[str, Any, Any]]:
     """What the two runs must have in common: the whole model, or what it says its architecture is."""
     width = ("tables.width", before.tables.width, config.tables.width)
-    if not hasattr(model, "architecture"):
-        recipe = ("the recipe's source", before.recipe.source, config.recipe.source)
-        return [("model", before.model, config.model), width, recipe]
     target = ("model", before.model["_target_"], config.model["_target_"])
     if target[1] != target[2]:
         return [target]
+    if not hasattr(model, "architecture"):
+        recipe = ("the recipe's source", before.recipe.source, config.recipe.source)
+        return [("model", before.model, config.model), width, recipe]
     old, new = build_model(before).architecture(), model.architecture()
     return [width, *((f"model.{name}", old[name], new[name]) for name in new)]
 

@@ -27,17 +27,20 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def warm_start(session: Session, place: RunFolder, new_rows: str = "mean", statistics: bool = False) -> dict[str, int]:
+def warm_start(
+    session: Session, place: RunFolder, new_rows: str = "mean", statistics: bool = False, whole: bool = False
+) -> dict[str, int]:
     """Loads the run's best checkpoint -> the rows of each table that are the earlier run's. All workers call it.
 
-    new_rows: mean, or seed: as a run without a past starts. statistics: the fused optimiser's of each row, too.
+    new_rows: mean, or seed: as a run without a past starts. statistics: the fused optimiser's of each row, too. whole:
+    the session is of that very run, so that all of its model is read, also what fine-tuning added.
     `start.check_fits` holds. UserError: a damaged checkpoint.
     """
     before = place.config()
     earlier, tables = read_manifest(dataset_of(before.data)), set(build_model(before).spec().tables)
     checkpoints = Checkpoints(place.checkpoints, session, before.trainer.keep)
     try:
-        checkpoints.load_grown(checkpoints.of_step(best_step(place)), statistics)
+        checkpoints.load_grown(checkpoints.of_step(best_step(place)), statistics, whole)
     finally:
         checkpoints.close()
     known = {}

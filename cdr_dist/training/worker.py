@@ -146,6 +146,7 @@ def _summary(
     passes = dict(session.passes)
     weights = learned_weights(session) if session.perceptron is not None else None
     predicted = p.step * loop.passes_a_step + p.upper_steps * config.hypergradient.passes
+    sequences = {split: manifest.examples(f"sequences_{split}") for split in ("train", "valid", "test")}
     summary: dict[str, Any] = {
         "schema": 1,
         "recipe": config.recipe.name,
@@ -157,6 +158,7 @@ def _summary(
             "users": manifest.counts["users"],
             "items": {d: manifest.counts[f"{d}_items"] for d in ("source", "target")},
             "examples": {split: manifest.examples(split) for split in ("train", "valid", "test")},
+            **({"sequences": sequences} if session.sequences is not None else {}),
         },
         "steps": p.step,
         "upper_steps": p.upper_steps,
