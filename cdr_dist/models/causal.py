@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 KERNEL = 3
+BEGINNING = 0.1
+"""Weights of a block's second norm at first. With 1 eight blocks add forty times an item's row to it, and what is learned
+at first is to undo that: after one epoch of data=demo_sequences the validation loss is 4.91, with 0.1 it is 4.72
+(width 64, tables.lr=0.1 and 0.03 alike)."""
 DILATIONS = (1, 4) * 4
 """Of the blocks' first convolutions; a second one has twice as much: {1, 2, 4, 8} four times over."""
 
@@ -44,6 +48,9 @@ class Block(nn.Module):
         super().__init__()
         self.convolution1, self.norm1 = CausalConvolution(width, dilation), nn.LayerNorm(width)
         self.convolution2, self.norm2 = CausalConvolution(width, 2 * dilation), nn.LayerNorm(width)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        return {"norm2.weight": torch.full_like(self.norm2.weight, BEGINNING)}
 
     def forward(self, x: Tensor) -> Tensor:
         middle = functional.relu(self.norm1(self.convolution1(x)))
