@@ -48,7 +48,8 @@ class TrainConfig:
     """All options of jobs/train.py."""
 
     data: str = "demo"
-    """A dataset folder (local or s3://), or 'demo', 'demo_sequences': data with planted truth, written on first use."""
+    """A dataset folder (local or s3://), or 'demo', 'demo_sequences', 'demo_sequences_tenth', 'demo_classes': data with
+    planted truth, written on first use."""
     run: str = "runs/${recipe.name}-${seed}"
     """The run folder; the same folder continues where it stopped."""
     seed: int = 8

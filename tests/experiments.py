@@ -24,6 +24,7 @@ def summary(valid, test, seed=8, seconds=1.0):
         "seed": seed,
         "data": {"name": "d"},
         "metrics": metrics,
+        "best": {"step": 1, "metric": "auc", "value": valid},
         "throughput": {"train_s": seconds},
     }
 

@@ -56,6 +56,53 @@ def test_data_of_the_command_line_are_called_by_their_folders(tmp_path, monkeypa
     assert list(found.methods) == ["biao"]
 
 
+def of_transfer(**more):
+    methods = {"joint": ["recipe=joint"], "pretrain": ["recipe=pretrain"], "tuned": ["recipe=uaf_hard", "model=x"]}
+    return experiment(**{"methods": methods, "starts": {"tuned": "pretrain"}} | more)
+
+
+def test_a_method_starts_from_the_run_of_another_at_the_same_data_model_and_seed():
+    found = plans(of_transfer(models={"a": ["model=a"], "b": ["model=b"]}), [8, 9], "/runs", [])
+    starts = {str(plan): plan.start for plan in found if plan.start}
+    assert starts == {f"d / {m} / tuned / seed {s}": f"/runs/d/{m}/pretrain/seed-{s}" for m in "ab" for s in (8, 9)}
+    assert all((f"warm_start.run={plan.start}" in plan.words) == bool(plan.start) for plan in found)
+    assert all("model=x" in plan.words for plan in found if plan.start), "a method's words win over the dimension's"
+
+
+def test_what_a_chosen_method_starts_from_is_kept_and_has_no_grid():
+    assert list(chosen(of_transfer(), methods=["tuned"]).methods) == ["pretrain", "tuned"]
+    assert list(chosen(of_transfer(), methods=["joint"]).methods) == ["joint"]
+    found = plans(of_transfer(grid={"dense.lr": [1, 2]}), [8], "/runs", [])
+    assert [plan.cell.method for plan in found if "tuned" in plan.cell.method] == [
+        f"tuned|dense.lr={n}" for n in (1, 2)
+    ]
+    assert {plan.start for plan in found if plan.start} == {"/runs/d/conet/pretrain/seed-8"} < {p.run for p in found}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"starts": {"tuned": "pretrian"}}, "starts.tuned=pretrian: unknown; did you mean 'pretrain'"),
+        ({"starts": {"tuned": "pretrain", "pretrain": "joint"}}, "starts.tuned: pretrain starts from joint itself"),
+        ({"metrics": ["nll"]}, "begin with one of which more is better"),
+    ],
+)
+def test_an_experiment_that_cannot_be_is_one_line(more, message):
+    with pytest.raises(UserError, match=message):
+        of_transfer(**more)
+
+
+def test_a_file_that_is_like_another_adds_to_it():
+    whole, found = load("uaf_table2"), load("uaf_table7")
+    assert found.methods.items() < whole.methods.items()
+    assert "pretrain" in found.methods
+    assert found.common[: len(whole.common)] == whole.common
+    assert (found.metrics, found.search) == (["accuracy", "f1"], None)
+    gru = load("uaf_table4")
+    assert gru.starts["uaf_hard_gru"] == "pretrain"
+    assert gru.methods["uaf_hard"] == whole.methods["uaf_hard"]
+
+
 @pytest.mark.parametrize("name", names())
 def test_every_file_of_experiments_is_made_of_words_that_jobs_train_takes(name):
     found = load(name)
@@ -121,6 +168,43 @@ def test_a_killed_process_or_a_mistake_takes_only_its_own_run_along(tmp_path):
     assert (outcomes[2].ended.failure, outcomes[2].ended.mistake) == ("recipe: cannot be", True)
     assert outcomes[0].summary["recipe"] == "joint"
     assert len({o.summary["process"] for o in outcomes if o.summary}) <= 3
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 9])
+def test_runs_wait_for_what_they_start_from(at_once):
+    todo = plans(of_transfer(), [8, 9], "/runs", [])[::-1]
+    begun, done = [], []
+
+    class Places(Here):
+        def start(self, number, words):
+            assert not todo[number].start or todo[number].start in done
+            begun.append(number)
+
+        def next(self):
+            number = begun.pop()
+            done.append(todo[number].run)
+            return number, Ended(summary(0.7, 0.6))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment_runs.storage, "exists", lambda uri: True)
+        outcomes = run_all(todo, Places(None), at_once, quiet=True)
+    assert [outcome.plan for outcome in outcomes] == todo
+    assert all(outcome.summary for outcome in outcomes)
+    assert len(done) == 6
+
+
+def test_a_failed_start_fails_what_depends_on_it_and_nothing_else(tmp_path):
+    def run(given):
+        lost = given["recipe"] == "pretrain" and given["seed"] == "8"
+        return Ended(None, "diverged", True) if lost else Ended(summary(0.7, 0.6))
+
+    places = Here(run)
+    outcomes = run_all(plans(of_transfer(), [8, 9], str(tmp_path), []), places, 2, quiet=True)
+    failed = {str(outcome.plan): outcome.ended for outcome in outcomes if outcome.summary is None}
+    assert list(failed) == ["d / conet / pretrain / seed 8", "d / conet / tuned / seed 8"]
+    why = failed["d / conet / tuned / seed 8"]
+    assert (why.failure, why.mistake) == ("starts from d / conet / pretrain / seed 8, which failed", True)
+    assert len(places.started) == 5
 
 
 @pytest.mark.parametrize(
@@ -264,9 +348,20 @@ def test_trials_that_fail_count_and_all_failing_is_an_error(tmp_path):
         search(tmp_path / "b", run=lambda given: Ended(None, "diverged"))
 
 
+def test_trials_start_from_a_run_that_is_not_searched(tmp_path):
+    of = of_transfer(search=Search({"dense.lr": [0.001, 0.1, "log"]}, 5, together=5))
+    best, started = search(tmp_path, of, lambda given: Ended(summary(0.5, 0.5)))
+    assert {cell.method for cell in best} == {"joint", "tuned"}
+    assert sum("recipe=pretrain" in words for words in started) == 1
+    warm = {word for words in started for word in words if word.startswith("warm_start.run=")}
+    assert warm == {f"warm_start.run={tmp_path}/runs/d/conet/pretrain/seed-7"}
+
+
 def test_the_smallest_log_loss_is_the_best(tmp_path):
     def run(given):
-        return Ended({"metrics": {"valid": {"auc": 0.9, "logloss": float(given["tables.lr"])}}})
+        found = summary(0.9, 0.9)
+        found["metrics"]["valid"]["logloss"] = float(given["tables.lr"])
+        return Ended(found)
 
     best, started = search(tmp_path, searching(metric="logloss"), run)
     lowest = min(float(word[10:]) for words in started for word in words if word.startswith("tables.lr"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,12 +14,12 @@ from cdr_dist.configuration import CONFIGS
 from cdr_dist.errors import UserError
 from cdr_dist.evaluation import experiment_plots as plots
 from cdr_dist.evaluation.experiment_report import write_report
-from cdr_dist.evaluation.experiment_tables import Findings, as_markdown, grid_table, tables_of, verdict
+from cdr_dist.evaluation.experiment_tables import Findings, Run, as_markdown, grid_table, tables_of, verdict
 from cdr_dist.evaluation.paper import load_paper
 from cdr_dist.training.experiment import load, names
-from tests.experiments import findings, run
+from tests.experiments import findings, run, summary
 
-PAPER = CONFIGS / "paper" / "biao.yaml"
+PAPERS = CONFIGS / "paper"
 LOST = ("mine", "conet", "joint", 9)
 
 
@@ -71,7 +72,7 @@ def test_the_bootstrap_is_over_the_seeds_that_both_have(tmp_path):
 
 
 def test_figures_of_the_paper_stand_beside_data_of_the_same_domains(tmp_path):
-    paper = load_paper(PAPER, "table1")
+    paper = load_paper(PAPERS, "biao/table1")
     assert paper.scenario("Books", "Toys_and_Games") == "books_toys"
     assert paper.scenario("toys", "books") == paper.scenario("planted-source", "planted-target") == ""
     found = findings(tmp_path, paper=paper, scenarios={"books-toys": "books_toys"}, others=["elec_cloth"])
@@ -86,14 +87,15 @@ def test_figures_of_the_paper_stand_beside_data_of_the_same_domains(tmp_path):
         paper.checked("elec_toys")
 
 
-@pytest.mark.parametrize("name", ["table1", "table2", "table3", "table5"])
+@pytest.mark.parametrize("name", [name for name in names() if load(name).paper])
 def test_every_figure_of_the_paper_belongs_to_a_method_of_the_experiment(name):
-    experiment, paper = load(name), load_paper(PAPER, load(name).paper)
+    experiment, paper = load(name), load_paper(PAPERS, load(name).paper)
     for scenario, models in paper.scenarios.items():
         for model, methods in models.items():
             assert model in experiment.models
             assert methods.keys() <= experiment.methods.keys()
-            assert all(paper.improvement(scenario, model, m) is not None for m in methods)
+            assert "auc" not in paper.metrics or all(paper.improvement(scenario, model, m) is not None for m in methods)
+            assert all(len(paper.metrics_of(scenario, model, m)) == len(paper.metrics) for m in methods)
     assert {"table1", "table2", "table3", "table5", "figure5", "demo"} <= set(names())
 
 
@@ -183,6 +185,96 @@ def test_weights_by_history_lengths_are_means_of_their_behaviours(tmp_path):
     assert (np.diff(x) > 0).all()
     np.testing.assert_allclose(y, 1 + 0.01 * np.asarray(x))
     assert plots.lengths(found, [r for r in found.runs if r.method == "joint"]) is None
+
+
+def of_transfer(folder):
+    """Two methods with metrics of rankings, and the pre-training that they start from."""
+    values = {"finetune_all": (0.10, 0.20), "uaf_hard": (0.13, 0.22)}
+    runs = []
+    for method, (mrr, hr) in values.items():
+        for seed in (8, 9, 10):
+            shift = 0.001 * seed * (1 + (method == "uaf_hard"))
+            metrics = {"full_mrr@5": mrr + shift, "full_hr@5": hr + shift}
+            of = summary(0.7, 0.7, seed)
+            of["metrics"]["test"] |= metrics
+            if method == "uaf_hard":
+                of["policy"] = {"tuned_share": {"test": [0.25 + 0.05 * (seed - 9), 1.0]}}
+            curve = [{"full_hr@5": hr * epoch + shift} for epoch in range(1, 5 - (seed == 10))]
+            runs.append(Run("mine", "nextitnet", method, seed, of, validations=curve))
+    of = summary(0, 0) | {"metrics": {"test": {"nll": 4.5}, "valid": {"nll": 4.5}}}
+    runs.append(Run("mine", "nextitnet", "pretrain", 8, of))
+    return Findings(
+        "uaf",
+        runs,
+        metrics=("full_mrr@5", "full_hr@5"),
+        beginnings=["pretrain"],
+        against="finetune_all",
+        highlighted="uaf_hard",
+        learning_curve="full_hr@5",
+    )
+
+
+def test_columns_are_the_metrics_and_comparisons_are_of_the_first(tmp_path):
+    found = of_transfer(tmp_path)
+    tables = tables_of(found)
+    text = as_markdown(found, tables)
+    header, _, *rows = rows_of(text, "## mine")
+    compared = ["full_mrr@5 - finetune_all", "p, seeds", "95% interval, seeds"]
+    assert header == ["model", "method", "seeds", "test full_mrr@5", "test full_hr@5", *compared]
+    assert [row[1] for row in rows] == ["finetune_all", "uaf_hard"], "pretrain has no row"
+    assert rows[0][3:] == ["0.1090 ± 0.0010", "0.2090 ± 0.0010", "-", "-", "-"]
+    assert rows[1][5] == "+0.0390"
+    low, high = map(float, rows[1][7].split(" … "))
+    assert low < 0.039 < high
+    assert "pretrain, which others start from (1 runs): test nll 4.5000" in text
+    assert "paired t-test over seeds against finetune_all, of full_mrr@5" in text
+    assert verdict(found, tables["mine"]["nextitnet"]).startswith(
+        "uaf_hard has the highest mean test full_mrr@5, 0.1480"
+    )
+    assert "AUC" not in text
+
+
+def test_learning_curves_are_means_over_seeds_as_far_as_all_came(tmp_path):
+    found = of_transfer(tmp_path)
+    axes = plots.learning(found, "mine", "nextitnet").axes[0]
+    for line, hr, twice in zip(axes.lines, (0.20, 0.22), (1, 2), strict=True):
+        np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3])
+        np.testing.assert_allclose(line.get_ydata(), hr * np.arange(1, 4) + 0.009 * twice)
+    assert {text.get_text() for text in axes.texts} == {"finetune_all", "uaf_hard"}
+    assert plots.learning(replace(found, learning_curve=""), "mine", "nextitnet") is None
+
+
+def test_the_heat_map_has_a_row_for_all_that_have_a_policy(tmp_path):
+    found = of_transfer(tmp_path)
+    axes = plots.tuned(found).axes[0]
+    np.testing.assert_allclose(axes.images[0].get_array(), [[0.25, 1.0]])
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["uaf_hard"]
+    other = [replace(run, data="other") for run in found.runs]
+    two = plots.tuned(replace(found, runs=[*found.runs, *other])).axes[0]
+    assert [tick.get_text() for tick in two.get_yticklabels()] == ["mine", "other"]
+    assert plots.tuned(replace(found, runs=[run for run in found.runs if run.method != "uaf_hard"])) is None
+
+
+def test_figures_of_transfer_stand_on_the_page(tmp_path):
+    write_report(of_transfer(tmp_path), tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<svg") == 3
+    assert "Validation full_hr@5 over epochs, nextitnet: mean over seeds" in page
+    assert "How much of every block is the fine-tuned copy" in page
+    assert "pretrain, which others start from" in page
+    names = {file.stem for file in (tmp_path / "out" / "figures").glob("*.svg")}
+    assert names == {"mine-auc", "mine-nextitnet-learning", "tuned"}
+
+
+def test_a_paper_with_several_metrics_has_a_column_for_each(tmp_path):
+    paper = load_paper(PAPERS, "uaf/table2")
+    assert paper.scenario("coldrec1", "coldrec1") == "coldrec_1"
+    found = replace(of_transfer(tmp_path), paper=paper, scenarios={"mine": "coldrec_1"}, others=["coldrec_3"])
+    text = as_markdown(found, tables_of(found))
+    header, _, *rows = rows_of(text, "## mine")
+    assert header[-2:] == ["paper mrr@5", "paper hr@5"]
+    assert [row[-2:] for row in rows[:2]] == [["0.2565", "0.4345"], ["0.2594", "0.4378"]]
+    assert ["nextitnet", "uaf_soft", "0.1209", "0.2189"] in rows_of(text, "## Paper, other data: coldrec_3")
 
 
 def test_a_grid_is_ranked_by_validation_alone(tmp_path):

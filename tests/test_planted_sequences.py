@@ -104,6 +104,16 @@ def test_who_does_not_know_the_kind_fails_the_contrary_users(planted):
     assert found["unknown"][1] < found["known"][1] - 0.25
 
 
+def test_classes_are_of_neighbouring_topics(planted):
+    """The same users and topics, but for what is drawn after the targets' topics."""
+    logs = planted_sequences(replace(SHAPE, classes=4))
+    topics = [topic for user in sorted(planted[2]) for topic in planted[2][user]]
+    assert logs.target["item_id"].to_list() == [str(topic // 4) for topic in topics]
+    assert set(logs.target["item_id"]) == set("0123")
+    with pytest.raises(UserError, match=r"^planted sequences: classes=17: must be 0 to topics=16$"):
+        replace(SHAPE, classes=17)
+
+
 def test_sizes_and_seed(planted):
     kinds, source, target = planted
     assert len(source) == len(kinds) == 2000

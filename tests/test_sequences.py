@@ -125,6 +125,28 @@ def test_a_split_stays_when_others_come(tmp_path: Path) -> None:
     assert splits[0] == {of for of in splits[1] if of[0] != "aa"}
 
 
+def test_a_share_of_the_training_examples_changes_nothing_else(tmp_path: Path) -> None:
+    found = {}
+    for share in (1.0, 0.5, 0.2):
+        options, manifest = run(tmp_path / str(share), *logs(), **SHARES, split="instance", train_share=share)
+        rows = {s: {row["example_id"]: _without_training(row) for row in rows_of(options.out, s)} for s in SPLITS}
+        found[share] = rows, keys_of(options.out, "target_item"), windows(options.out)
+        assert manifest.examples("train") == len(rows["train"])
+    whole, few, fewer = found.values()
+    assert whole[1:] == few[1:] == fewer[1:]
+    for split in ("valid", "test"):
+        assert whole[0][split] == few[0][split] == fewer[0][split]
+    assert fewer[0]["train"].items() < few[0]["train"].items() < whole[0]["train"].items(), (
+        "a smaller one is in a larger"
+    )
+    assert len(few[0]["train"]) / len(whole[0]["train"]) == pytest.approx(0.5, abs=0.12)
+
+
+def _without_training(row: dict[str, Any]) -> dict[str, Any]:
+    """Without a row's columns of its user's training examples."""
+    return {name: str(v) for name, v in row.items() if not name.startswith("target_candidates") and name != "position"}
+
+
 @pytest.mark.parametrize("split", ["user", "instance"])
 def test_bytes_do_not_depend_on_partitions(tmp_path: Path, split: str) -> None:
     more = SHARES | {"split": split, "least_history": 3, "unknown_item": "i000"}

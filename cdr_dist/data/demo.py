@@ -31,6 +31,8 @@ Shape = Planted | PlantedSequences
 DEMOS: dict[str, tuple[str, Shape]] = {
     DEMO: (FOLDER, Planted()),
     DEMO_SEQUENCES: ("runs/demo-sequences-data", PlantedSequences()),
+    "demo_sequences_tenth": ("runs/demo-sequences-tenth-data", PlantedSequences(train_share=0.1)),
+    "demo_classes": ("runs/demo-classes-data", PlantedSequences(classes=4, target_behaviours=1)),
 }
 """What `data=` may name -> its folder and what is planted there."""
 SHAPE_FILE = "planted.json"
@@ -77,7 +79,11 @@ def _made(shape: Shape) -> tuple[PlantedLogs, dict[str, Any]]:
     if isinstance(shape, Planted):
         return planted_logs(shape), {}
     split = {"split": "user", "valid_share": 0.1, "test_share": 0.2, "sequences": shape.longest}
-    return planted_sequences(shape), split | {"labels": "sampled", "eval_negatives": 99}
+    kept = {"train_share": shape.train_share, "classes": shape.classes}
+    return planted_sequences(shape), split | kept | {
+        "labels": "sampled",
+        "eval_negatives": min(99, shape.classes - 1) if shape.classes else 99,
+    }
 
 
 def _write(shape: Shape, out: Path) -> None:

@@ -7,6 +7,8 @@ apart, and nothing else does.
     aligned    the target items are of the successor of the last topic: what pre-training has learned to expect next
     contrary   they are of another topic, by a permutation that agrees with the succession nowhere
 
+With `classes` the targets are classes in place of items, each of neighbouring topics.
+
 Both kinds come to the same topics, and the badges tell nothing of what comes next in the source, so a pre-trained
 encoder has no reason to keep them to the end of a sequence. As it is, it cannot serve both kinds: aligned users are the
 larger part, and the contrary ones suffer.
@@ -59,6 +61,10 @@ class PlantedSequences:
     """Of Zipf's law, by which source items are chosen within a topic."""
     target_exponent: float = 0.5
     """The same of target items: flatter, since a popular item of the wrong topic tells nothing."""
+    classes: int = 0
+    """How many classes target behaviours are of; 0: they are of items."""
+    train_share: float = 1.0
+    """As in prepare: the training examples that are kept."""
     seed: int = 8
 
     def __post_init__(self) -> None:
@@ -67,6 +73,7 @@ class PlantedSequences:
             _check(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
         least = self.introduction + 1
         _check(least <= self.shortest <= self.longest, "shortest", self.shortest, f"{least} to longest={self.longest}")
+        _check(0 <= self.classes <= self.topics, "classes", self.classes, f"0 to topics={self.topics}")
         for name in ("aligned", "certainty", "target_certainty"):
             _check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         for name, topics in (("source_items", self.topics + 2 * self.badges), ("target_items", self.topics)):
@@ -96,9 +103,12 @@ def planted_sequences(shape: PlantedSequences) -> PlantedLogs:
     wanted = np.where(contrary[user], other[reached], successor[reached])
     chance = random.random(len(user)) >= shape.target_certainty
     topic = np.where(chance, random.integers(0, shape.topics, len(user)), wanted)
-    target = _log(
-        random, "t", user, shape.longest + place, topic, shape.target_items, shape.target_exponent, shape.topics
-    )
+    time = shape.longest + place
+    if shape.classes:
+        names = [str(of) for of in topic * shape.classes // shape.topics]
+        target = pl.DataFrame({"user_id": _names("u", user), "item_id": names, "timestamp": time})
+    else:
+        target = _log(random, "t", user, time, topic, shape.target_items, shape.target_exponent, shape.topics)
 
     kinds = np.where(contrary, "contrary", "aligned")
     truth = pl.DataFrame({"user_id": _names("u", np.arange(people)), "kind": kinds})

@@ -127,6 +127,9 @@ class PrepareOptions:
     test_from: int | None = option(None, "first timestamp of test (split=time)")
     valid_share: float = option(0.05, "share of validation (split=instance: of the examples; split=user: of the users)")
     test_share: float = option(0.15, "share of test, likewise")
+    train_share: float = option(
+        1.0, "share of the training examples that is kept, by a draw; validation and test stay as they are"
+    )
     least_history: int = option(
         0, "target behaviours with fewer positive source behaviours before them make no example"
     )
@@ -222,6 +225,7 @@ class PrepareOptions:
         check(valid_from < test_from, f"valid_from={valid_from} must be before test_from={test_from}")
 
     def _check_shares(self) -> None:
+        check(0 < self.train_share <= 1, f"train_share={self.train_share}: must be above 0, and 1 at most")
         for start in ("", "sequences_"):
             valid, test = (getattr(self, f"{start}{of}_share") for of in ("valid", "test"))
             check(

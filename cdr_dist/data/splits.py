@@ -5,6 +5,8 @@ leave_last   of each user's examples the last is test, the last but one validati
 time         by two timestamps, the same for all users
 instance     every example by itself, by shares: a user's source behaviours may be in training and in test
 user         all examples of a user together, by shares
+
+`train_share` then leaves training examples out; validation, test, histories and vocabularies stay as they are.
 """
 
 from __future__ import annotations
@@ -26,12 +28,16 @@ def split_of_behaviours(
     users: NDArray[np.uint64] | None = None,
     made: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.int8]:
-    """TRAIN, VALID or TEST for each row; NO_EXAMPLE where `made` is false, which is so for a user's first rows only.
+    """TRAIN, VALID or TEST for each row; NO_EXAMPLE where `made` is false, which is so for a user's first rows only,
+    and for training rows beyond `train_share`.
 
     users: `hashing.of_keys` of their keys, needed where shares are drawn.
     """
     made = np.ones(len(target.user), dtype=bool) if made is None else made
-    return np.where(made, _split(target, options, users, made), NO_EXAMPLE).astype(np.int8)
+    split = _split(target, options, users, made)
+    if options.train_share < 1:
+        made = made & ((split != TRAIN) | (_drawn(target, options, "train share", users, True) < options.train_share))
+    return np.where(made, split, NO_EXAMPLE).astype(np.int8)
 
 
 def _split(
@@ -41,14 +47,21 @@ def _split(
         bounds = np.array([options.valid_from, options.test_from], dtype=np.int64)
         return np.searchsorted(bounds, target.timestamp, side="right").astype(np.int8)
     if options.split in ("instance", "user"):
-        assert users is not None
-        place = [target.place] if options.split == "instance" else []
-        drawn = hashing.uniform(hashing.mix(hashing.key(options.seed, "split"), users[target.user], *place))
+        drawn = _drawn(target, options, "split", users, options.split == "instance")
         return by_share(drawn, options.valid_share, options.test_share)
     examples = np.bincount(target.user[made], minlength=target.users)[target.user]
     from_end = target.of_user[target.user] - target.place  # 1 is the last
     split = np.select([from_end == 1, from_end == 2], [TEST, VALID], TRAIN)
     return np.where(examples >= LEAST_BEHAVIOURS, split, TRAIN).astype(np.int8)
+
+
+def _drawn(
+    target: Behaviours, options: PrepareOptions, what: str, users: NDArray[np.uint64] | None, each: bool
+) -> NDArray[np.float64]:
+    """Uniform in (0, 1): a number for each row or, without `each`, for each user."""
+    assert users is not None
+    place = [target.place] if each else []
+    return hashing.uniform(hashing.mix(hashing.key(options.seed, what), users[target.user], *place))
 
 
 def by_share(drawn: NDArray[np.float64], valid_share: float, test_share: float) -> NDArray[np.int8]:

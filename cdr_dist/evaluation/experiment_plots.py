@@ -1,4 +1,5 @@
-"""Figures of an experiment, as SVG and PNG: bars with a dot a seed, a curve over an option, weights of categories."""
+"""Figures of an experiment, as SVG and PNG: bars with a dot a seed, a curve over an option, weights of categories; of
+fine-tuning, learning curves and what a policy tunes."""
 
 from __future__ import annotations
 
@@ -12,69 +13,76 @@ import numpy as np
 import polars as pl
 
 from cdr_dist.data import storage
-from cdr_dist.evaluation.experiment_tables import Findings, Row, Run
+from cdr_dist.evaluation.experiment_tables import Findings, Row, Run, shown
 
 INK, FAINT, RULE = "#1c2733", "#6b7785", "#dfe4ea"
 SINGLE, AGAINST, HIGHLIGHTED, OTHER = "#c3ccd6", "#7d8b9b", "#0b7a75", "#8db4c8"
 MODELS = ("#0b7a75", "#c2571a", "#3f5fa8", "#8a4f9e")
+LINES = (*MODELS, "#b59a1d", "#5b6b2f", "#a63a2b", "#3a8fb7", "#7d8b9b", "#c86b9c", "#4b3f72")
 HIGHEST, LOWEST, FEWEST = 10, 5, 5
 """Categories shown from either end, and the behaviours one needs on average to be shown."""
 LENGTH_GROUPS = 10
 
 
 def bars(found: Findings, models: Mapping[str, Sequence[Row]]) -> Any:
-    """Mean test AUC of each method as a bar from chance (0.5), a dot for each seed, the paper's as a diamond."""
+    """The mean of each method as a bar, of AUC from chance (0.5); a dot for each seed, the paper's as a diamond."""
+    floor = 0.5 if found.main == "auc" else 0.0
     heights = [len(rows) for rows in models.values()]
     figure = _figure(7.6, 0.55 + sum(0.34 * n + 0.62 for n in heights))
     panels = np.atleast_1d(figure.subplots(len(models), 1, sharex=True, height_ratios=[n + 0.6 for n in heights]))
-    every = [v for rows in models.values() for row in rows for v in _aucs(row)]
-    every += [row.paper_auc for rows in models.values() for row in rows if row.paper_auc is not None]
-    low, high = min([0.5, *every]), max([0.51, *every])
+    every = [v for rows in models.values() for row in rows for v in _values(row)]
+    every += [row.paper[found.main] for rows in models.values() for row in rows if found.main in row.paper]
+    low, high = min([floor, *every]), max([floor + 0.01, *every])
     for axes, (model, rows) in zip(panels, models.items(), strict=True):
         for i, row in enumerate(rows):
-            values = _aucs(row)
+            values = _values(row)
             axes.text(-0.015, i, row.name, transform=axes.get_yaxis_transform(), **_text("right"))
             if values:
                 bold = "bold" if row.name == found.highlighted else "normal"
-                axes.barh(i, np.mean(values) - 0.5, left=0.5, height=0.66, color=colour(found, row.name))
+                axes.barh(i, np.mean(values) - floor, left=floor, height=0.66, color=colour(found, row.name))
                 spread = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else [0.0]
                 axes.scatter(values, i + np.array(spread), s=9, color=INK, alpha=0.75, linewidths=0, zorder=3)
                 mean = f"{np.mean(values):.4f}"
                 axes.text(1.01, i, mean, transform=axes.get_yaxis_transform(), weight=bold, **_text("left"))
             else:
-                axes.text(0.5, i, " failed", va="center", color=FAINT, style="italic")
-            if row.paper_auc is not None:
-                axes.scatter([row.paper_auc], [i], marker="D", s=26, facecolors="white", edgecolors=INK, zorder=4)
-        axes.set(ylim=(len(rows) - 0.4, -0.6), xlim=(low - (0.01 if low < 0.5 else 0), high + 0.02 * (high - low)))
+                axes.text(floor, i, " failed", va="center", color=FAINT, style="italic")
+            if found.main in row.paper:
+                axes.scatter(
+                    [row.paper[found.main]], [i], marker="D", s=26, facecolors="white", edgecolors=INK, zorder=4
+                )
+        axes.set(ylim=(len(rows) - 0.4, -0.6), xlim=(low - (0.01 if low < floor else 0), high + 0.02 * (high - low)))
         axes.set_yticks([])
         axes.set_title(model, loc="left", color=FAINT, size=9)
         _plain(axes, "x")
-    with_paper = any(row.paper_auc is not None for rows in models.values() for row in rows)
-    panels[-1].set_xlabel("test AUC, from chance; a dot a seed" + ("; diamond: the paper's" if with_paper else ""))
+    with_paper = any(found.main in row.paper for rows in models.values() for row in rows)
+    start = "from chance" if found.main == "auc" else "from 0"
+    panels[-1].set_xlabel(
+        f"test {shown(found.main)}, {start}; a dot a seed" + ("; diamond: the paper's" if with_paper else "")
+    )
     return figure
 
 
 def curve(found: Findings, models: Mapping[str, Sequence[Row]]) -> Any:
-    """Mean test AUC over an option's values with standard deviations; a dotted line for methods without it."""
+    """The mean over an option's values with standard deviations; a dotted line for methods without it."""
     figure = _figure(7.6, 3.6)
     axes = figure.subplots()
     points = sorted(set(found.points.values()))
     ends: list[tuple[float, str, str]] = []
     for ink, (model, rows) in zip(_repeated(MODELS, len(models)), models.items(), strict=True):
         known = sorted((found.points[row.name], row) for row in rows if row.name in found.points and row.method)
-        x, y = [p for p, _ in known], [row.auc for _, row in known]
-        error = [np.nan_to_num(row.method.sd("auc")) if row.method else 0.0 for _, row in known]
+        x, y = [p for p, _ in known], [row.mean for _, row in known]
+        error = [np.nan_to_num(row.method.sd(found.main)) if row.method else 0.0 for _, row in known]
         axes.errorbar(x, y, yerr=error, color=ink, marker="o", ms=4.5, lw=1.6, capsize=2.5, elinewidth=0.9)
         ends += [(y[-1], model, ink)] if y else []
         for row in rows:
             if row.name not in found.points and row.method:
-                axes.axhline(row.auc, color=ink, ls=(0, (1, 2)), lw=1.4)
-                ends.append((row.auc, f"{model}, {row.name}", ink))
+                axes.axhline(row.mean, color=ink, ls=(0, (1, 2)), lw=1.4)
+                ends.append((row.mean, f"{model}, {row.name}", ink))
     if points and points[0] > 0 and points[-1] / points[0] >= 10:
         axes.set_xscale("log")
     axes.set_xticks(points, [f"{p:g}" for p in points])
     axes.minorticks_off()
-    axes.set(xlabel=found.curve, ylabel="test AUC")
+    axes.set(xlabel=found.curve, ylabel=f"test {shown(found.main)}")
     _plain(axes, "y")
     _labels_at_the_end(axes, ends)
     return figure
@@ -142,6 +150,59 @@ def lengths(found: Findings, runs: Sequence[Run]) -> Any | None:
     return figure
 
 
+def learning(found: Findings, data: str, model: str) -> Any | None:
+    """A validation metric over a run's validations, averaged over seeds (UAF, Figure 4); None where there is none."""
+    curves: dict[str, list[list[float]]] = {}
+    for run in found.rows:
+        values = [v for of in run.validations if (v := of.get(found.learning_curve)) is not None]
+        if (run.data, run.model) == (data, model) and values:
+            curves.setdefault(run.method, []).append(values)
+    if not curves:
+        return None
+    figure = _figure(7.6, 4.0)
+    axes, ends = figure.subplots(), []
+    for ink, (method, of) in zip(_repeated(LINES, len(curves)), curves.items(), strict=True):
+        epochs = min(map(len, of))  # as far as every seed came
+        mean = np.mean([values[:epochs] for values in of], axis=0)
+        bold = 2.2 if method == found.highlighted else 1.4
+        axes.plot(range(1, epochs + 1), mean, color=ink, lw=bold, marker="o", ms=3.0)
+        ends.append((float(mean[-1]), method, ink))
+    axes.set(xlabel="validation", ylabel=f"validation {shown(found.learning_curve)}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _plain(axes, "y")
+    _labels_at_the_end(axes, ends)
+    return figure
+
+
+def tuned(found: Findings) -> Any | None:
+    """The share of the fine-tuned copy in each block (UAF, Figure 3), a row for every data, model and method with a
+    policy; None where there is none."""
+    rows: dict[tuple[str, str, str], list[list[float]]] = {}
+    for run in found.rows:
+        if run.summary is not None and (share := run.summary.get("policy", {}).get("tuned_share", {}).get("test")):
+            rows.setdefault(run.labels, []).append(share)
+    if not rows:
+        return None
+    means = [np.mean(of, axis=0) for of in rows.values()]
+    blocks = max(map(len, means))
+    grid = np.array([[*mean, *[np.nan] * (blocks - len(mean))] for mean in means])
+    figure = _figure(7.6, 0.9 + 0.42 * len(rows))
+    axes = figure.subplots()
+    image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for (i, j), share in np.ndenumerate(grid):
+        if not np.isnan(share):
+            axes.text(j, i, f"{share:.2f}", ha="center", va="center", size=8.5, color="white" if share < 0.6 else INK)
+    varied = [len({labels[i] for labels in rows}) > 1 for i in range(3)]
+    names = [" / ".join(n for n, of in zip(labels, varied, strict=True) if of) or labels[2] for labels in rows]
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_xticks(range(blocks), [str(block + 1) for block in range(blocks)])
+    axes.set_xlabel("block")
+    _plain(axes, "x")
+    axes.grid(visible=False)
+    figure.colorbar(image, ax=axes, label="share of the fine-tuned copy")
+    return figure
+
+
 def colour(found: Findings, method: str) -> str:
     kinds = {found.single: SINGLE, found.against: AGAINST, found.highlighted: HIGHLIGHTED}
     return kinds.get(method, OTHER)
@@ -199,8 +260,8 @@ def _text(side: str) -> dict[str, Any]:
     return {"ha": side, "va": "center", "color": INK, "size": 8.5}
 
 
-def _aucs(row: Row) -> list[float]:
-    return [v for v in row.method.values["auc"] if not math.isnan(v)] if row.method else []
+def _values(row: Row) -> list[float]:
+    return [v for v in row.method.values[row.main] if not math.isnan(v)] if row.method else []
 
 
 def _read(uri: str, by: str) -> pl.DataFrame:

@@ -14,11 +14,16 @@ from cdr_dist.evaluation.experiment_tables import (
     Row,
     Tables,
     as_markdown,
+    begun,
     cells,
+    columns,
     failures,
     notes,
     paper_cells,
+    paper_columns,
+    paper_header,
     paper_rows,
+    shown,
     tables_of,
     verdict,
 )
@@ -41,6 +46,9 @@ def write_report(found: Findings, out: Path) -> str:
     tables = tables_of(found)
     text = as_markdown(found, tables)
     drawings = {data: _drawings(found, data, models) for data, models in tables.items()}
+    if (figure := plots.tuned(found)) is not None:
+        caption = "How much of every block is the fine-tuned copy's, mean over test users and seeds"
+        drawings[next(reversed(tables))].append(_drawing("tuned", caption, figure))
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for drawing in (d for of in drawings.values() for d in of):
         (out / "figures" / f"{drawing.name}.svg").write_bytes(drawing.svg)
@@ -65,6 +73,9 @@ def as_html(found: Findings, tables: Tables, drawings: Mapping[str, Sequence[Dra
         },
         notes=notes(found),
         failed=failures(found),
+        columns=columns(found),
+        paper_columns=paper_columns(found) if found.paper else [],
+        paper_header=paper_header(found) if found.paper else [],
         others={scenario: paper_rows(found, scenario) for scenario in found.others},
         seeds=sorted({run.seed for run in found.runs}),
         methods=list(dict.fromkeys(run.method for run in found.runs)),
@@ -75,29 +86,32 @@ def as_html(found: Findings, tables: Tables, drawings: Mapping[str, Sequence[Dra
 def _section(found: Findings, data: str, models: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     tables = []
     for model, rows in models.items():
-        best = max((row.auc for row in rows if row.method), default=None)
+        best = max((row.mean for row in rows if row.method), default=None)
         lines = [
             {
                 "name": row.name,
                 "seeds": row.seeds,
-                "cells": cells(row),
-                "paper": paper_cells(row),
-                "best": row.method is not None and row.auc == best,
+                "cells": cells(found, row),
+                "paper": paper_cells(found, row) if found.paper else [],
+                "best": row.method is not None and row.mean == best,
                 "colour": plots.colour(found, row.name),
             }
             for row in rows
         ]
         tables.append({"model": model, "rows": lines, "verdict": verdict(found, rows)})
-    return {"data": data, "scenario": found.scenarios.get(data, ""), "tables": tables}
+    return {"data": data, "scenario": found.scenarios.get(data, ""), "tables": tables, "begun": begun(found, data)}
 
 
 def _drawings(found: Findings, data: str, models: Mapping[str, Sequence[Row]]) -> list[Drawing]:
     drawn = []
     if found.curve:
-        caption = f"Test AUC over {found.curve}, mean and standard deviation over seeds"
+        caption = f"Test {shown(found.main)} over {found.curve}, mean and standard deviation over seeds"
         drawn.append(_drawing(f"{data}-curve", caption, plots.curve(found, models)))
-    drawn.append(_drawing(f"{data}-auc", "Test AUC of every method", plots.bars(found, models)))
+    drawn.append(_drawing(f"{data}-auc", f"Test {shown(found.main)} of every method", plots.bars(found, models)))
     for model in models:
+        if (figure := plots.learning(found, data, model)) is not None:
+            caption = f"Validation {shown(found.learning_curve)} over epochs, {model}: mean over seeds"
+            drawn.append(_drawing(f"{data}-{model}-learning", caption, figure))
         runs = [run for run in found.runs if run.labels == (data, model, found.highlighted) and run.summary is not None]
         figure = plots.weights(found, runs, found.categories.get(data, {}))
         if figure is not None:

@@ -16,7 +16,6 @@ from cdr_dist.evaluation.paper import Paper
 from cdr_dist.evaluation.significance import PairedDifference, paired_bootstrap
 from cdr_dist.evaluation.table import Method, markdown, summarise
 
-METRICS = ("auc", "logloss")
 Labels = tuple[str, str, str]
 """Data, model, method."""
 
@@ -37,6 +36,8 @@ class Run:
     """Parquet with category, behaviours and weight; '' where there is none."""
     lengths: str = ""
     """Parquet with difference (of history lengths, source minus target), behaviours and weight."""
+    validations: Sequence[Mapping[str, float]] = ()
+    """The metrics of every validation, in order."""
 
     @property
     def labels(self) -> Labels:
@@ -53,6 +54,10 @@ class Findings:
     name: str
     runs: Sequence[Run]
     title: str = ""
+    metrics: Sequence[str] = ("auc", "logloss")
+    """The tables' columns; figures and comparisons are of the first."""
+    beginnings: Sequence[str] = ()
+    """Methods that others start from: they have no row."""
     single: str = "target_only"
     against: str = "joint"
     highlighted: str = "biao"
@@ -60,6 +65,8 @@ class Findings:
     curve: str = ""
     points: Mapping[str, float] = field(default_factory=dict)
     """With `curve`, the option's name: method -> its value; other methods are dotted lines."""
+    learning_curve: str = ""
+    """The validation metric that is drawn over validations; '': none is."""
     paper: Paper | None = None
     scenarios: Mapping[str, str] = field(default_factory=dict)
     """Data -> the paper's scenario of the same domains."""
@@ -73,6 +80,15 @@ class Findings:
     """Data -> names of the source's categories."""
     command: str = ""
 
+    @property
+    def main(self) -> str:
+        return self.metrics[0]
+
+    @property
+    def rows(self) -> list[Run]:
+        """The runs that the tables are about."""
+        return [run for run in self.runs if run.method not in self.beginnings]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -82,9 +98,11 @@ class Row:
     planned: int
     method: Method | None
     bootstrap: PairedDifference | None
-    paper_auc: float | None
+    paper: Mapping[str, float]
+    """The paper's metrics."""
     paper_improvement: float | None
     seconds: float
+    main: str = "auc"
 
     @property
     def seeds(self) -> str:
@@ -92,8 +110,9 @@ class Row:
         return str(done) if done == self.planned else f"{done} of {self.planned}"
 
     @property
-    def auc(self) -> float:
-        return self.method.mean("auc") if self.method else math.nan
+    def mean(self) -> float:
+        """Of the metric that methods are compared by."""
+        return self.method.mean(self.main) if self.method else math.nan
 
 
 Tables = dict[str, dict[str, list[Row]]]
@@ -102,7 +121,7 @@ Tables = dict[str, dict[str, list[Row]]]
 
 def tables_of(found: Findings) -> Tables:
     planned: dict[Labels, list[Run]] = {}
-    for run in found.runs:
+    for run in found.rows:
         planned.setdefault(run.labels, []).append(run)
     methods = {(m.data, m.model, m.recipe): m for m in _methods(found)}
     tables: Tables = {}
@@ -114,10 +133,13 @@ def tables_of(found: Findings) -> Tables:
             name,
             len(runs),
             methods.get(labels),
-            _bootstrap(finished, planned.get((data, model, found.against), [])) if name != found.against else None,
-            found.paper.auc(scenario, model, name) if found.paper else None,
+            _bootstrap(finished, planned.get((data, model, found.against), []))
+            if name != found.against and found.main == "auc"
+            else None,
+            found.paper.metrics_of(scenario, model, name) if found.paper else {},
             found.paper.improvement(scenario, model, name) if found.paper else None,
             float(np.mean([run.summary["throughput"]["train_s"] or 0.0 for run in finished if run.summary] or [0.0])),
+            found.main,
         )
         tables.setdefault(data, {}).setdefault(model, []).append(row)
     return tables
@@ -126,11 +148,11 @@ def tables_of(found: Findings) -> Tables:
 def _methods(found: Findings) -> list[Method]:
     summaries = [
         dict(run.summary) | {"data": {"name": run.data}, "model": run.model, "recipe": run.method, "seed": run.seed}
-        for run in found.runs
+        for run in found.rows
         if run.summary is not None
     ]
     against = found.against if any(s["recipe"] == found.against for s in summaries) else None
-    return summarise(summaries, metrics=METRICS, single=found.single, against=against)
+    return summarise(summaries, metrics=found.metrics, single=found.single, against=against)
 
 
 def _bootstrap(runs: Sequence[Run], against: Sequence[Run]) -> PairedDifference | None:
@@ -158,6 +180,7 @@ def as_markdown(found: Findings, tables: Tables) -> str:
         parts.append(_table(found, models, bool(beside)))
         seconds = [f"{model} {row.name} {row.seconds:.1f}" for model, rows in models.items() for row in rows]
         parts.append("Training seconds (mean): " + ", ".join(seconds))
+        parts += begun(found, data)
     parts.append(notes(found))
     if found.chosen:
         parts.append(f"## Chosen on validation\n\n{found.searched}")
@@ -165,7 +188,7 @@ def as_markdown(found: Findings, tables: Tables) -> str:
         parts.append(markdown(["data", "model", "method", "words"], rows, left=4))
     for scenario in found.others:
         parts.append(f"## Paper, other data: {scenario}")
-        parts.append(markdown(["model", "method", "AUC", "RelaImpr"], paper_rows(found, scenario), left=2))
+        parts.append(markdown(paper_header(found), paper_rows(found, scenario), left=2))
     if failed := failures(found):
         parts.append(f"## Failed: {len(failed)} of {len(found.runs)} runs")
         parts.append(markdown(["run", "why"], [[str(run), run.failure] for run in failed], left=2))
@@ -173,47 +196,88 @@ def as_markdown(found: Findings, tables: Tables) -> str:
 
 
 def _table(found: Findings, models: Mapping[str, Sequence[Row]], beside: bool) -> str:
-    against = found.against
-    header = ["model", "method", "seeds", "test AUC", "test logloss", "RelaImpr"]
-    header += [f"AUC - {against}", "p, seeds", "95% interval, users and seeds", "p, both"]
-    header += ["paper AUC", "paper RelaImpr"] * beside
+    header = ["model", "method", "seeds", *columns(found), *(paper_columns(found) if beside else [])]
     lines = [
-        [model, row.name, row.seeds, *cells(row), *(paper_cells(row) if beside else [])]
+        [model, row.name, row.seeds, *cells(found, row), *(paper_cells(found, row) if beside else [])]
         for model, rows in models.items()
         for row in rows
     ]
     return markdown(header, lines, left=2)
 
 
-def cells(row: Row) -> list[str]:
-    """AUC, log-loss, RelaImpr, difference, p of the t-test, the bootstrap's interval and p; '-' where there is none."""
-    if row.method is None:
-        return ["failed", *["-"] * 6]
-    test, boot = row.method.comparison, row.bootstrap
+def shown(metric: str) -> str:
+    return "AUC" if metric == "auc" else metric
+
+
+def columns(found: Findings) -> list[str]:
+    """What `cells` are of. The bootstrap is of the stored rows' scores, so only AUC has one; others have the t-test's
+    interval."""
+    compared = [f"{shown(found.main)} - {found.against}", "p, seeds"]
+    bootstrap = ["95% interval, users and seeds", "p, both"]
     return [
-        _mean_sd(row.method, "auc"),
-        _mean_sd(row.method, "logloss"),
-        _number(row.method.relative_improvement, "{:+.2f}%"),
-        _number(test.difference if test else None, "{:+.4f}"),
-        _p(test) + (f" (n={test.n})" if test and test.n != len(row.method.seeds) else ""),
-        f"{boot.low:+.4f} … {boot.high:+.4f}" if boot and not math.isnan(boot.low) else "-",
-        _p(boot),
+        *(f"test {shown(metric)}" for metric in found.metrics),
+        *["RelaImpr"] * ("auc" in found.metrics),
+        *compared,
+        *(bootstrap if found.main == "auc" else ["95% interval, seeds"]),
     ]
 
 
-def paper_cells(row: Row) -> list[str]:
-    return [_number(row.paper_auc, "{:.4f}"), _number(row.paper_improvement, "{:+.2f}%")]
+def cells(found: Findings, row: Row) -> list[str]:
+    """As `columns` says; '-' where there is none."""
+    if row.method is None:
+        return ["failed", *["-"] * (len(columns(found)) - 1)]
+    test, boot = row.method.comparison, row.bootstrap
+    improvement = _number(row.method.relative_improvement, "{:+.2f}%")
+    return [
+        *(_mean_sd(row.method, metric) for metric in found.metrics),
+        *[improvement] * ("auc" in found.metrics),
+        _number(test.difference if test else None, "{:+.4f}"),
+        _p(test) + (f" (n={test.n})" if test and test.n != len(row.method.seeds) else ""),
+        *([_interval(boot), _p(boot)] if found.main == "auc" else [_interval(test)]),
+    ]
+
+
+def paper_columns(found: Findings) -> list[str]:
+    assert found.paper is not None
+    metrics = found.paper.metrics
+    return [f"paper {name}" for name in (*map(shown, metrics), *["RelaImpr"] * ("auc" in metrics))]
+
+
+def paper_cells(found: Findings, row: Row) -> list[str]:
+    assert found.paper is not None
+    return _of_paper(found.paper, row.paper, row.paper_improvement)
+
+
+def paper_header(found: Findings) -> list[str]:
+    """Of `paper_rows`."""
+    return ["model", "method", *(name.removeprefix("paper ") for name in paper_columns(found))]
 
 
 def paper_rows(found: Findings, scenario: str) -> list[list[str]]:
-    """Model, method, AUC, RelaImpr of the paper."""
     paper = found.paper
     assert paper is not None
     return [
-        [model, method, f"{auc:.4f}", _number(paper.improvement(scenario, model, method), "{:+.2f}%")]
+        [model, method, *_of_paper(paper, paper.metrics_of(scenario, model, method), improvement)]
         for model, methods in paper.scenarios[scenario].items()
-        for method, auc in methods.items()
+        for method in methods
+        for improvement in [paper.improvement(scenario, model, method)]
     ]
+
+
+def _of_paper(paper: Paper, values: Mapping[str, float], improvement: float | None) -> list[str]:
+    numbers = [_number(values.get(metric), "{:.4f}") for metric in paper.metrics]
+    return numbers + [_number(improvement, "{:+.2f}%")] * ("auc" in paper.metrics)
+
+
+def begun(found: Findings, data: str) -> list[str]:
+    """A line for each method that others start from: what its test metrics are."""
+    lines = []
+    for name in found.beginnings:
+        runs = [run.summary for run in found.runs if (run.data, run.method) == (data, name) and run.summary]
+        metrics = {m: [of["metrics"]["test"][m] for of in runs] for m in (runs[0]["metrics"]["test"] if runs else {})}
+        values = ", ".join(f"test {shown(m)} {np.mean(of):.4f}" for m, of in metrics.items() if None not in of)
+        lines.append(f"{name}, which others start from ({len(runs)} runs): {values}" if runs else f"{name}: no run")
+    return lines
 
 
 def failures(found: Findings) -> list[Run]:
@@ -222,14 +286,18 @@ def failures(found: Findings) -> list[Run]:
 
 def notes(found: Findings) -> str:
     """What the columns mean."""
-    text = (
-        f"Test AUC and log-loss: mean ± standard deviation over seeds. RelaImpr: of AUC - 0.5, against {found.single}. "
-        f"p, seeds: paired t-test over seeds against {found.against}. Interval and p, both: paired bootstrap over "
-        "users and seeds. Every p stands for itself: none is corrected for the number of comparisons, nor for "
-        "picking the highest."
-    )
+    names = " and ".join(map(shown, found.metrics))
+    text = f"Test {names}: mean ± standard deviation over seeds. "
+    if "auc" in found.metrics:
+        text += f"RelaImpr: of AUC - 0.5, against {found.single}. "
+    text += f"p, seeds: paired t-test over seeds against {found.against}"
+    if found.main == "auc":
+        text += ". Interval and p, both: paired bootstrap over users and seeds. "
+    else:
+        text += f", of {shown(found.main)}; the interval is that test's: other users are not drawn. "
+    text += "Every p stands for itself: none is corrected for the number of comparisons, nor for picking the highest."
     if found.paper and any(found.scenarios.values()):
-        text += " Paper: Chen et al., WWW 2023, five seeds, on their data, which are not these files."
+        text += f" Paper: {found.paper.cited}, on their data, which are not these files."
     return text
 
 
@@ -238,14 +306,14 @@ def verdict(found: Findings, rows: Sequence[Row]) -> str:
     known = [row for row in rows if row.method]
     if not known:
         return "No run came through."
-    best = max(known, key=lambda row: row.auc)
+    best = max(known, key=lambda row: row.mean)
+    start = f"{best.name} has the highest mean test {shown(found.main)}, {best.mean:.4f}"
     if best.name == found.against:
-        return f"{best.name} has the highest mean test AUC, {best.auc:.4f}; no other method is above it."
+        return f"{start}; no other method is above it."
     base = next((row for row in known if row.name == found.against), None)
-    start = f"{best.name} has the highest mean test AUC, {best.auc:.4f}"
     if base is None:
         return f"{start}."
-    difference = f"{start}, {best.auc - base.auc:+.4f} from {found.against}"
+    difference = f"{start}, {best.mean - base.mean:+.4f} from {found.against}"
     test = best.bootstrap or (best.method.comparison if best.method else None)
     if test is None or math.isnan(test.low):
         return f"{difference}; too few runs to say whether that is more than noise."
@@ -253,19 +321,18 @@ def verdict(found: Findings, rows: Sequence[Row]) -> str:
     return f"{difference} ({clear}: 95% interval {test.low:+.4f} … {test.high:+.4f})."
 
 
-def grid_table(runs: Sequence[Run]) -> str:
-    """Every combination by its mean validation AUC, each method's best first; test metrics are not looked at."""
+def grid_table(runs: Sequence[Run], metric: str = "auc") -> str:
+    """Every combination by its mean validation metric, each method's best first; test metrics are not looked at."""
     found: dict[Labels, list[float]] = {}
     for run in runs:
         if run.summary is not None:
-            found.setdefault(run.labels, []).append(run.summary["metrics"]["valid"]["auc"])
+            found.setdefault(run.labels, []).append(run.summary["metrics"]["valid"][metric])
     ranked = sorted(found, key=lambda of: (*of[:2], of[2].split("|")[0], -float(np.mean(found[of]))))
     rows = [
         [*of[:2], of[2].replace("|", " "), f"{np.mean(found[of]):.4f}", f"{np.std(found[of]):.4f}"] for of in ranked
     ]
-    text = "Validation AUC, mean over seeds:\n" + markdown(
-        ["data", "model", "method and options", "mean", "sd"], rows, 3
-    )
+    header = ["data", "model", "method and options", "mean", "sd"]
+    text = f"Validation {shown(metric)}, mean over seeds:\n" + markdown(header, rows, 3)
     failed = [[str(run), run.failure] for run in runs if run.summary is None]
     return text + ("\n\nFailed:\n" + markdown(["run", "why"], failed, left=2) if failed else "")
 
@@ -273,6 +340,10 @@ def grid_table(runs: Sequence[Run]) -> str:
 def _mean_sd(method: Method, metric: str) -> str:
     mean, sd = method.mean(metric), method.sd(metric)
     return _number(mean, "{:.4f}") + ("" if math.isnan(sd) else f" ± {sd:.4f}")
+
+
+def _interval(test: PairedDifference | None) -> str:
+    return f"{test.low:+.4f} … {test.high:+.4f}" if test and not math.isnan(test.low) else "-"
 
 
 def _p(test: PairedDifference | None) -> str:

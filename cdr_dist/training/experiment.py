@@ -15,6 +15,7 @@ from cdr_dist.configuration import CONFIGS, TrainConfig, from_words
 from cdr_dist.data import storage
 from cdr_dist.data.demo import DEMOS
 from cdr_dist.errors import UserError, nearest
+from cdr_dist.training.options import smaller_is_better
 
 FOLDER = CONFIGS / "experiment"
 Choices = dict[str, list[str]]
@@ -46,7 +47,11 @@ class Search:
 
 @dataclass(frozen=True)
 class Experiment:
-    """configs/experiment/NAME.yaml. Every dimension: label -> words of jobs/train.py."""
+    """configs/experiment/NAME.yaml. Every dimension: label -> words of jobs/train.py.
+
+    With `like: OTHER` a file adds to another one's: methods, starts and common words are joined, its own settings win;
+    title, paper and search are not taken over. `only: [METHOD, …]` then keeps these methods.
+    """
 
     name: str
     methods: Choices
@@ -56,6 +61,11 @@ class Experiment:
     data: Choices = field(default_factory=dict)
     """Also written as label: FOLDER. None: data= of the command line."""
     common: list[str] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=lambda: ["auc", "logloss"])
+    """Of the test split: the columns of the tables. Methods are compared by the first, of which more must be better."""
+    starts: dict[str, str] = field(default_factory=dict)
+    """Method -> the method whose run of the same data, model and seed it starts from (warm_start.run). That one is only
+    a beginning: it has no row of its own, and runs without the grid and the search."""
     single: str = "target_only"
     """The method that RelaImpr refers to."""
     against: str = "joint"
@@ -64,8 +74,10 @@ class Experiment:
     """The method whose weights of source categories are drawn."""
     curve: str = ""
     """An option whose values are drawn as a curve; methods without it become dotted lines."""
+    learning_curve: str = ""
+    """A validation metric that is drawn over a run's validations, a line a method."""
     paper: str = ""
-    """The table of configs/paper/biao.yaml whose figures stand beside ours."""
+    """FILE/TABLE, a table of configs/paper/FILE.yaml: its figures stand beside ours."""
     grid: dict[str, list[Any]] = field(default_factory=dict)
     """Options and their values: every method runs with every combination, compared on validation data only."""
     search: Search | None = None
@@ -74,11 +86,27 @@ class Experiment:
         for pattern, methods in self.search.only.items() if self.search else ():
             for method in methods:
                 _known(f"search.only.{pattern}", method, self.methods)
+        for method, start in self.starts.items():
+            _known("starts", method, self.methods)
+            _known(f"starts.{method}", start, self.methods)
+            if start in self.starts:
+                raise UserError(f"starts.{method}: {start} starts from {self.starts[start]} itself")
+        if not self.metrics or smaller_is_better(self.metrics[0]):
+            raise UserError(f"metrics={self.metrics}: begin with one of which more is better, such as auc")
+
+    @property
+    def beginnings(self) -> set[str]:
+        """The methods that others start from."""
+        return set(self.starts.values())
 
     def expanded(self) -> Choices:
         """The methods with the grid written out; labels are method|key=value|…"""
         combinations = list(itertools.product(*([f"{k}={v}" for v in values] for k, values in self.grid.items())))
-        return {"|".join([m, *c]): [*words, *c] for m, words in self.methods.items() for c in combinations}
+        return {
+            "|".join([method, *more]): [*words, *more]
+            for method, words in self.methods.items()
+            for more in ([()] if method in self.beginnings else combinations)
+        }
 
 
 class Cell(NamedTuple):
@@ -100,6 +128,8 @@ class Plan:
     seed: int
     run: str
     words: list[str]
+    start: str = ""
+    """The run that it starts from and waits for; '' where there is none."""
 
     def __str__(self) -> str:
         return f"{self.cell} / seed {self.seed}"
@@ -108,14 +138,25 @@ class Plan:
 def load(name: str) -> Experiment:
     _known("experiment", name, names())
     path = FOLDER / f"{name}.yaml"
-    raw = yaml.safe_load(path.read_text())
+    raw = _raw(path)
     try:
+        only = raw.pop("only", [])
         raw["models"] = _models(raw.get("models", {}))
         raw["data"] = {label: _data_words(given) for label, given in raw.get("data", {}).items()}
         raw["search"] = Search(**raw["search"]) if raw.get("search") else None
-        return Experiment(name=name, **raw)
+        return _with_methods(Experiment(name=name, **raw), only)
     except TypeError as error:
         raise UserError(f"{path}: {str(error).split('__init__() ')[-1]}") from error
+
+
+def _raw(path: Path) -> dict[str, Any]:
+    own: dict[str, Any] = yaml.safe_load(path.read_text())
+    if not (like := own.pop("like", "")):
+        return own
+    _known(f"{path}: like", like, names())
+    other = {key: v for key, v in _raw(FOLDER / f"{like}.yaml").items() if key not in ("title", "paper", "search")}
+    joined: dict[str, Any] = {key: other.get(key, {}) | own.get(key, {}) for key in ("methods", "starts")}
+    return other | own | joined | {"common": [*other.get("common", []), *own.get("common", [])]}
 
 
 def names() -> list[str]:
@@ -128,14 +169,26 @@ def chosen(
     """Of the methods and models only the named ones (a model may also be any file of configs/model/); on these data."""
     files = {path.stem: [f"model={path.stem}"] for path in sorted((CONFIGS / "model").glob("*.yaml"))}
     every_model = files | experiment.models
-    for dimension, labels, known in (("methods", methods, experiment.methods), ("models", models, every_model)):
-        for label in labels:
-            _known(dimension, label, known)
+    for label in models:
+        _known("models", label, every_model)
     return dataclasses.replace(
-        experiment,
-        methods={m: experiment.methods[m] for m in methods} or experiment.methods,
+        _with_methods(experiment, methods),
         models={m: every_model[m] for m in models} or experiment.models or {"conet": ["model=conet"]},
         data=_labelled(data) or experiment.data,
+    )
+
+
+def _with_methods(experiment: Experiment, methods: Sequence[str]) -> Experiment:
+    """Of the methods only the named ones, with what they start from; none named: all."""
+    if not methods:
+        return experiment
+    for method in methods:
+        _known("methods", method, experiment.methods)
+    beginnings = [s for m in methods if (s := experiment.starts.get(m))]
+    return dataclasses.replace(
+        experiment,
+        methods={m: experiment.methods[m] for m in [*beginnings, *methods]},
+        starts={m: s for m, s in experiment.starts.items() if m in methods},
         search=_search_of(experiment.search, methods),
     )
 
@@ -147,12 +200,22 @@ def _search_of(search: Search | None, methods: Sequence[str]) -> Search | None:
 
 
 def plans(
-    experiment: Experiment, seeds: Sequence[int], runs: str, words: Sequence[str], best: Mapping[Cell, list[str]] = {}
+    experiment: Experiment,
+    seeds: Sequence[int],
+    runs: str,
+    words: Sequence[str],
+    best: Mapping[Cell, list[str]] = {},
+    beginnings: str = "",
 ) -> list[Plan]:
-    """A run for every choice, each in a folder of its own.
+    """A run for every choice, each in a folder of its own; those that others start from in `beginnings`, if given.
 
     Of words with the same key the last one counts: common, data, model, method, `best` (of a search), command line.
     """
+
+    def folder(cell: Cell, seed: int) -> str:
+        above = beginnings if beginnings and cell.method in experiment.beginnings else runs
+        return storage.join(above, *(label.replace("|", "_") for label in cell), f"seed-{seed}")
+
     if not experiment.data:
         raise UserError(f"experiment={experiment.name}: needs data=FOLDER[,FOLDER…], written by jobs/prepare.py")
     found = []
@@ -160,9 +223,11 @@ def plans(
         for labels in itertools.product(experiment.data, experiment.models, experiment.expanded()):
             cell = Cell(*labels)
             own = [*experiment.data[cell.data], *experiment.models[cell.model], *experiment.expanded()[cell.method]]
-            run = storage.join(runs, *(label.replace("|", "_") for label in cell), f"seed-{seed}")
+            run, beginning = folder(cell, seed), experiment.starts.get(cell.method.split("|")[0])
+            start = folder(cell._replace(method=beginning), seed) if beginning else ""
             merged = last_of_each([*experiment.common, *own, *best.get(cell, []), *words])
-            found.append(Plan(cell, seed, run, [*merged, f"seed={seed}", f"run={run}"]))
+            warm = [f"warm_start.run={start}"] if start else []
+            found.append(Plan(cell, seed, run, [*merged, *warm, f"seed={seed}", f"run={run}"], start))
     return found
 
 

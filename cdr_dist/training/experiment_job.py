@@ -29,10 +29,10 @@ from cdr_dist.jobs import DONE, FAILED, USERS_MISTAKE
 from cdr_dist.training import experiment_runs
 from cdr_dist.training.experiment import Cell, Experiment, Plan, check_words, chosen, load, plans
 from cdr_dist.training.experiment_runs import Outcome, Places, parallel_of, run_all
-from cdr_dist.training.run_folder import SCORES
+from cdr_dist.training.run_folder import SCORES, RunFolder
 from cdr_dist.training.search import Best, chosen_yaml, ends, search_all
 
-PAPER = CONFIGS / "paper" / "biao.yaml"
+PAPERS = CONFIGS / "paper"
 WEIGHTS, BY_LENGTH = "weights.parquet", "weights_by_length.parquet"
 NUMBERS = {"seeds": 1, "first_seed": 0, "budget": 0}
 """Options that are whole numbers, and the least that each may be."""
@@ -116,7 +116,7 @@ def experiment_job(words: Sequence[str], places: Places | None = None) -> int:
     todo = plans(experiment, request.seeds, request.runs, request.words)
     configs = check_words(todo)
     check_words(_ends_of_search(request))
-    paper = load_paper(PAPER, experiment.paper) if experiment.paper else None
+    paper = load_paper(PAPERS, experiment.paper) if experiment.paper else None
     if request.others and paper is None:
         raise UserError(f"paper=: experiment={experiment.name} is no table of the paper")
     others = [paper.checked(scenario) for scenario in request.others] if paper else []
@@ -136,7 +136,7 @@ def experiment_job(words: Sequence[str], places: Places | None = None) -> int:
     summaries = [outcome.summary for outcome in outcomes if outcome.summary is not None]
     (request.out / "summaries.json").write_text(json.dumps(summaries, indent=1))
     if experiment.grid:
-        text = grid_table(findings.runs)
+        text = grid_table(findings.rows, findings.main)
         (request.out / "table.md").write_text(text + "\n")
         print(f"{text}\n\n{request.out}/table.md")
     else:
@@ -200,12 +200,15 @@ def _findings(
     return Findings(
         name=experiment.name,
         title=experiment.title,
+        metrics=experiment.metrics,
+        beginnings=sorted(experiment.beginnings),
         runs=[_run(outcome) for outcome in outcomes],
         single=experiment.single,
         against=experiment.against,
         highlighted=experiment.weights,
         curve=experiment.curve,
         points=_points(experiment),
+        learning_curve=experiment.learning_curve,
         paper=paper,
         scenarios={label: scenario for label, scenario in scenarios.items() if scenario},
         others=others,
@@ -228,7 +231,10 @@ def _run(outcome: Outcome) -> Run:
         uri = storage.join(plan.run, name)
         return uri if summary is not None and storage.exists(uri) else ""
 
-    return Run(*plan.cell, plan.seed, summary, outcome.ended.failure, file(SCORES), file(WEIGHTS), file(BY_LENGTH))
+    lines = RunFolder(plan.run).lines() if summary is not None else []
+    validations = [line["values"] for line in lines if line["split"] == "valid"]
+    files = file(SCORES), file(WEIGHTS), file(BY_LENGTH)
+    return Run(*plan.cell, plan.seed, summary, outcome.ended.failure, *files, validations)
 
 
 def _points(experiment: Experiment) -> dict[str, float]:

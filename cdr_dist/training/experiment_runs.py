@@ -83,23 +83,36 @@ Run = Callable[[list[str]], Ended]
 
 
 def run_all(todo: Sequence[Plan], places: Places, at_once: int, quiet: bool = False) -> list[Outcome]:
-    """Trains every plan, `at_once` at a time; finished ones are read. In the order of plans."""
+    """Trains every plan, `at_once` at a time and after what it starts from; finished ones are read. In plans' order."""
     ended: dict[int, Ended] = {}
-    waiting = list(enumerate(todo))[::-1]
+    number_of = {plan.run: number for number, plan in enumerate(todo)}
+    waiting = list(range(len(todo)))
     with tqdm(total=len(todo), unit="run", disable=quiet) as bar:
-        running = 0
-        while waiting or running:
-            while waiting and running < at_once:
-                number, plan = waiting.pop()
-                places.start(number, plan.words)
-                running += 1
-            number, result = places.next()
-            running -= 1
-            ended[number] = _found(todo[number], result)
-            bar.set_postfix_str(_told(todo[number], ended[number]))
+
+        def end(number: int, result: Ended) -> None:
+            plan, ended[number] = todo[number], result
+            bar.set_postfix_str(_told(plan, result))
             bar.update()
             if result.failure:
-                bar.write(f"failed: {todo[number]}: {result.failure}", file=sys.stderr)
+                bar.write(f"failed: {plan}: {result.failure}", file=sys.stderr)
+
+        running = 0
+        while waiting or running:
+            for number in list(waiting):
+                start = number_of.get(todo[number].start)
+                if start is not None and start not in ended:
+                    continue
+                if start is not None and ended[start].summary is None:
+                    waiting.remove(number)
+                    end(number, Ended(None, f"starts from {todo[start]}, which failed", ended[start].mistake))
+                elif running < at_once:
+                    waiting.remove(number)
+                    places.start(number, todo[number].words)
+                    running += 1
+            if running:
+                number, result = places.next()
+                running -= 1
+                end(number, _found(todo[number], result))
     return [Outcome(plan, ended[number]) for number, plan in enumerate(todo)]
 
 
@@ -115,7 +128,8 @@ def _found(plan: Plan, ended: Ended) -> Ended:
 def _told(plan: Plan, ended: Ended) -> str:
     if ended.summary is None:
         return f"{plan} failed"
-    return f"{plan} valid AUC {ended.summary['metrics']['valid']['auc']:.4f}"
+    best = ended.summary["best"]
+    return f"{plan} valid {best['metric']} {best['value']:.4f}"
 
 
 def run_one(words: list[str]) -> Ended:

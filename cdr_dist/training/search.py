@@ -71,8 +71,9 @@ def search_all(
     for option in search.space:
         if option in named:
             raise UserError(f"{option}: is searched (search.space); leave it out, or say budget=0")
-    cells = {plan.cell: plan for plan in plans(experiment, [seed], runs, words)}
-    studies = {cell: Study(search, cell, seed, folder) for cell in cells}
+    every = plans(experiment, [seed], runs, words)
+    beginnings = [plan for plan in every if plan.cell.method in experiment.beginnings]
+    studies = {plan.cell: Study(search, plan.cell, seed, folder) for plan in every if plan not in beginnings}
     for first in range(0, search.budget, search.together):
         todo, asked = [], []
         for cell, study in studies.items():
@@ -80,8 +81,9 @@ def search_all(
                 if (own := study.ask(number)) is not None:
                     asked.append((study, number))
                     trial = f"{runs.rstrip('/')}/search/trial-{number}"
-                    todo += plans(_only(experiment, cell), [seed], trial, words, {cell: own})
-        outcomes = run(todo)
+                    found = plans(_only(experiment, cell), [seed], trial, words, {cell: own}, runs)
+                    todo += [plan for plan in found if plan.cell == cell]
+        outcomes = run([*beginnings, *todo])[len(beginnings) :] if todo else []
         for (study, number), outcome in zip(asked, outcomes, strict=True):
             study.tell(number, validation(outcome, search.metric))
     return {cell: study.best() for cell, study in studies.items()}
@@ -190,12 +192,14 @@ def chosen_yaml(found: Mapping[Cell, Best], metric: str) -> dict[str, Any]:
 
 
 def _only(experiment: Experiment, cell: Cell) -> Experiment:
-    """The experiment of one cell alone."""
+    """The experiment of one cell alone, with what it starts from."""
+    methods = [cell.method, *filter(None, [experiment.starts.get(cell.method)])]
     return dataclasses.replace(
         experiment,
         data={cell.data: experiment.data[cell.data]},
         models={cell.model: experiment.models[cell.model]},
-        methods={cell.method: experiment.expanded()[cell.method]},
+        methods={method: experiment.methods[method] for method in methods},
+        starts={m: s for m, s in experiment.starts.items() if m == cell.method},
         grid={},
         search=None,
     )
