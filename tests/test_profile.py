@@ -56,6 +56,7 @@ def test_every_recipe_with_any_backbone(tmp_path, recipe, model):
 @pytest.mark.parametrize("recipe", SEQUENTIAL)
 def test_every_recipe_of_sequences(tmp_path, recipe):
     more = ["model=nextitnet", "model.dilations=[1,1]", "batch.size=64", "batch.sequences=16", f"recipe={recipe}"]
+    more += ["batch.history_length=8"]
     found = profile_backward.profile(from_words(words(sequenced(), tmp_path / "run", *more)), 1)
     phases = {"pretrain": {"pretrain"}, "uaf": {"pretrain", "finetune"}}.get(recipe, {"finetune"})
     assert found.keys() == phases

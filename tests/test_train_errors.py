@@ -135,7 +135,7 @@ def test_a_recipe_that_needs_planted_truth(job, tmp_path):
 
 def test_validation_rows_of_one_label(job, monkeypatch):
     """Found when it is measured."""
-    monkeypatch.setattr("cdr_dist.training.loop.validation_metrics", lambda *_: {"auc": float("nan")})
+    monkeypatch.setattr("cdr_dist.training.lower.validation_metrics", lambda *_: {"auc": float("nan")})
     code, out, lines = job(*words(rated(), "run", "recipe=joint"))
     assert (code, out) == (2, "")
     assert "evaluation.metric=auc has no value on the validation rows" in lines[-1]
@@ -231,7 +231,7 @@ def test_source_histories_of_unknown_items(job, tmp_path):
     """conet does not read them."""
     folder = edited(copied(rated(), tmp_path), unknown={"source_history": 0.25})
     assert job(*words(folder, "run"), "--check")[0] == 0
-    message = "25.0% of the source histories' items are unknown, more than trainer.max_unknown=0.05, and model "
+    message = "25.0% of the items in source_history are unknown, more than trainer.max_unknown=0.05, and model "
     mistake(job, words(folder, "run", "model=minet"), message)
 
 

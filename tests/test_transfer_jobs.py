@@ -28,7 +28,7 @@ from cdr_dist.training.evaluation_job import evaluation_job
 from cdr_dist.training.report import report_of
 from cdr_dist.training.run_folder import SCORES, RunFolder
 from tests.datasets import SHAPE, sequenced
-from tests.runs import summary, tensors, train
+from tests.runs import KILLED, summary, tensors, train
 from tests.test_transfer_runs import _checked, finished, given, pretrained
 
 SOURCE_ONLY, TARGET_ONLY = [f"u{n:06d}" for n in range(20)], [f"u{n:06d}" for n in range(20, 30)]
@@ -227,3 +227,10 @@ def test_the_way_of_transfer_of_the_document_trains_norms_alone(
     moved = {name.rsplit(".", 2)[1] for name in blocks if not torch.equal(before[name], after[name])}
     assert moved == {"norm1", "norm2"}
     assert torch.equal(before["tables.source_item.weights"], after["tables.source_item.weights"])
+
+
+def test_a_run_that_was_never_validated_says_what_to_do(tmp_path: Path) -> None:
+    first = tmp_path / "pre"
+    assert train([*given(first, "pretrain"), "trainer.checkpoint_every=1"], 1, 2) == [KILLED]
+    with pytest.raises(UserError, match=r"pre: was not validated yet, .*; let the command that trains it go on"):
+        _checked(given(tmp_path / "run", "uaf_hard", f"warm_start.run={first}"))

@@ -125,10 +125,12 @@ def best_step(place: RunFolder) -> int:
     """Of a finished run, or so far."""
     saved = newest(place.checkpoints)
     if saved is None:
-        raise UserError(f"{place.uri}: has no checkpoint yet")
+        raise UserError(f"{place.uri}: has no checkpoint yet; the command that trains it goes on")
     step = saved.progress().best_step
     if step < 0:
-        raise UserError(f"{place.uri}: was not validated yet, so no checkpoint is the best")
+        raise UserError(
+            f"{place.uri}: was not validated yet, so no checkpoint is the best; let the command that trains it go on"
+        )
     return step
 
 

@@ -22,7 +22,7 @@ class Recorder:
         self._board = SummaryWriter(str(self._files))
 
     def started(self, rows: dict[str, int]) -> None:
-        """Table -> rows that start from given vectors."""
+        """Table -> rows that start from an earlier run or from given vectors."""
         self._folder.log(step=0, phase="", split="start", values=rows)
 
     def trained(self, step: int, phase: str, values: dict[str, float]) -> None:
