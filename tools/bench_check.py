@@ -41,6 +41,7 @@ CHECKED = {
     "epoch": ("CoNet width 12, batch 2048",),
     "checkpoint": ("1 worker, against in place",),
     "start": ("trainer.workers=0",),
+    "pretrain": ("944000 items x 128, batch 128",),
 }
 """Suite -> cases: those that take seconds, and of several of a kind one."""
 
