@@ -56,6 +56,8 @@ def of_run(folder: str) -> Gains:
 def rows(folders: Sequence[str]) -> Iterator[list[str]]:
     found: dict[str, list[Gains]] = {}
     for folder in folders:
+        if not RunFolder(folder).config().recipe.target:  # a run of sequences alone ranks no target item
+            continue
         found.setdefault(Path(folder).absolute().parent.name, []).append(of_run(folder))
     for name, of in found.items():
         columns = [[gain[column] for gain in of] for column in COLUMNS]
