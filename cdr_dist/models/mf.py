@@ -6,11 +6,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from cdr_dist.errors import UserError
 from cdr_dist.models.pairs import DotProduct
-from cdr_dist.models.protocol import Labels, Output, Spec, cross_entropy
+from cdr_dist.models.protocol import Labels, Output, Spec, cross_entropy, pairwise_losses
 
 LOSSES = ("bpr", "bce")
 
@@ -66,11 +65,4 @@ class MatrixFactorisation(nn.Module):
     def losses(self, output: Output, batch: Labels) -> tuple[Tensor, Tensor | None]:
         if self._loss == "bce":
             return cross_entropy(output.target_logit, batch.label), None
-        positive = batch.label > 0
-        number = positive.cumsum(0) - 1
-        assert int(number[0]) == 0 or not positive.any(), "rows of a positive and its negatives are cut apart"
-        of_positive = output.target_logit[positive]
-        if not len(of_positive):
-            return 0.0 * output.target_logit, None  # a worker without rows has a backward pass all the same
-        gap = of_positive.index_select(0, number.clamp(min=0)) - output.target_logit
-        return torch.where(positive, torch.zeros_like(gap), functional.softplus(-gap)), None
+        return pairwise_losses(output.target_logit, batch.label), None

@@ -19,7 +19,7 @@ from cdr_dist.data.feature_names import NEXT
 from cdr_dist.errors import UserError
 from cdr_dist.models.causal import DILATIONS
 from cdr_dist.models.encoder import Encoder, NextItems, Route, Sequences
-from cdr_dist.models.protocol import Labels, Output, Spec, cross_entropy
+from cdr_dist.models.protocol import Labels, Output, Spec, cross_entropy, pairwise_losses
 from cdr_dist.models.softmax import LOGITS, softmax_losses, weighted_softmax_loss
 
 LOSSES = ("bpr", "bce", "softmax")
@@ -204,15 +204,10 @@ class NextItNet(nn.Module):
         """[B]; bpr's stands with the negatives, which follow their positive, softmax's with the positives."""
         if self._loss == "bce":
             return cross_entropy(logit, batch.label)
-        positive = batch.label > 0
         if self._loss == "softmax":
             losses = (query @ embedded["target_softmax"].T).logsumexp(1) - logit
-            return torch.where(positive, losses, torch.zeros_like(losses))
-        of_positive = logit[positive]
-        if not len(of_positive):
-            return 0.0 * logit  # a worker without rows takes part in the backward pass all the same
-        gap = of_positive.index_select(0, (positive.cumsum(0) - 1).clamp(min=0)) - logit
-        return torch.where(positive, torch.zeros_like(gap), functional.softplus(-gap))
+            return torch.where(batch.label > 0, losses, torch.zeros_like(losses))
+        return pairwise_losses(logit, batch.label)
 
     def _policy_losses(self, route: Route, seen: Sequences, item: Tensor, logit: Tensor, batch: Labels) -> Tensor:
         """[B]; a sequence's stands with the first of its rows, its positive."""

@@ -90,6 +90,19 @@ def cross_entropy(logit: Tensor, label: Tensor) -> Tensor:
     return torch.addcmul(functional.softplus(logit, threshold=40.0), logit, label.to(logit.dtype), value=-1.0)
 
 
+def pairwise_losses(logit: Tensor, label: Tensor) -> Tensor:
+    """BPR, -log sigmoid(score of a positive - score of its negative), [B]: with the negatives, which follow their
+    positive; a positive's own is 0 (Rendle et al., UAI 2009)."""
+    positive = label > 0
+    number = positive.cumsum(0) - 1
+    assert int(number[0]) == 0 or not positive.any(), "rows of a positive and its negatives are cut apart"
+    of_positive = logit[positive]
+    if not len(of_positive):
+        return 0.0 * logit  # a worker without rows takes part in the backward pass all the same
+    gap = of_positive.index_select(0, number.clamp(min=0)) - logit
+    return torch.where(positive, torch.zeros_like(gap), functional.softplus(-gap))
+
+
 class PerExampleLosses(torch.nn.Module):
     """The losses of a backbone with one binary label a domain."""
 

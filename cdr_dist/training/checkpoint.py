@@ -247,7 +247,9 @@ class Checkpoints:
             module = getattr(self._session, name)
             try:
                 if hasattr(module, "pretrained") and not whole:
-                    values = module.state_dict() | {key: values[key] for key in module.pretrained() if key in values}
+                    if lacking := sorted(set(module.pretrained()) - values.keys()):
+                        raise UserError(f"{saved.uri}: does not fit: has no parameter {lacking[0]}")
+                    values = module.state_dict() | {key: values[key] for key in module.pretrained()}
                 if module is not None:
                     module.load_state_dict(values)
             except RuntimeError as error:
