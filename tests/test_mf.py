@@ -60,3 +60,9 @@ def test_two_workers_train_as_one(tmp_path):
 def test_it_has_no_source(tmp_path):
     with pytest.raises(UserError, match="model=mf reads the target alone"):
         check_before_start(from_words(words(rated(), tmp_path, "model=mf", "recipe=joint")), str(rated()))
+
+
+def test_a_pairwise_loss_needs_negatives_of_each_positive(tmp_path):
+    with pytest.raises(UserError, match=r"model.loss=bpr: .* has rated rows .*take model.loss=bce"):
+        check_before_start(from_words(words(rated(), tmp_path, *GIVEN)), str(rated()))
+    check_before_start(from_words(words(rated(), tmp_path, *GIVEN, "model.loss=bce")), str(rated()))

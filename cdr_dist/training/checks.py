@@ -44,6 +44,7 @@ def check_before_start(config: TrainConfig, folder: str) -> Manifest:
     if not config.recipe.phases:
         raise UserError(f"recipe={config.recipe.name}: has no phases")
     _check_model(config, manifest)
+    _check_pairs(config, manifest)
     return manifest
 
 
@@ -197,6 +198,15 @@ def _check_model(config: TrainConfig, manifest: Manifest) -> None:
     lost = [h for h in heads if config.recipe.source and not any(n.startswith(h) for n in named)]
     if lost:
         raise UserError(f"{name}: heads() names {lost[0]}, and no parameter's name starts with it")
+
+
+def _check_pairs(config: TrainConfig, manifest: Manifest) -> None:
+    """UserError: a pairwise loss on rated rows, where no negatives follow a positive."""
+    if config.recipe.target and manifest.label == "rating" and config.model.get("loss") == "bpr":
+        raise UserError(
+            f"model.loss=bpr: {config.data} has rated rows (labels=rating), and no negative for each positive; "
+            "take model.loss=bce"
+        )
 
 
 def _check_unknown(config: TrainConfig, manifest: Manifest, name: str, model: Any) -> None:
