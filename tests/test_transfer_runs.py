@@ -18,6 +18,7 @@ from cdr_dist.data.batch import Batch
 from cdr_dist.data.dataset import SEQUENCES, read_manifest
 from cdr_dist.data.demo import dataset_of
 from cdr_dist.errors import UserError
+from cdr_dist.models.encoder import Encoder
 from cdr_dist.training.checks import check_before_start
 from cdr_dist.training.session import Session
 from cdr_dist.training.start import check_start
@@ -106,15 +107,14 @@ def of_five_steps() -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-@pytest.mark.parametrize("recipe", ["pretrain", "uaf_hard", "uaf_rl", "mtl", "all positions"])
+@pytest.mark.parametrize("recipe", ["pretrain", "peterrec", "uaf_hard", "uaf_rl", "mtl", "all positions"])
 def test_runs_agree_on_any_number_of_workers(recipe: str, workers: int) -> None:
     """After few steps: what follows of a rounding error grows with every ReLU whose input is almost 0."""
     more = {
+        "pretrain": [],
         "mtl": ["model=nextitnet_mtl"],
         "all positions": ["recipe=joint", "model=nextitnet_mtl", "model.source_positions=all"],
-        "uaf_hard": [f"warm_start.run={pretrained()}"],
-        "uaf_rl": [f"warm_start.run={pretrained()}"],
-    }.get(recipe, [])
+    }.get(recipe, [f"warm_start.run={pretrained()}"])
     one, other = (finished(recipe, n, *more, *of_five_steps()) for n in (1, workers))
     assert 4 < steps_of(other) == steps_of(one) < 9
     apart = distances(one, other)
@@ -245,6 +245,12 @@ def test_a_vocabulary_that_is_another_is_named(tmp_path: Path) -> None:
     found = given(tmp_path / "run", "uaf_hard", f"warm_start.run={pretrained()}")
     with pytest.raises(UserError, match=r"source_item \S+ was \d+ in .* and is \d+ now"):
         _checked([w for w in found if not w.startswith("data=")] + [f"data={other}"])
+
+
+def test_a_parameter_that_the_pre_trained_run_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Encoder, "pretrained", lambda self: ["blocks.0.new"])
+    with pytest.raises(UserError, match=r"checkpoints/step-\d+: does not fit: has no parameter encoder.blocks.0.new"):
+        train(given(tmp_path, "finetune_all", f"warm_start.run={pretrained()}"))
 
 
 def test_data_without_sequences_say_how_to_prepare_them(tmp_path: Path) -> None:
