@@ -149,10 +149,16 @@ def test_what_a_job_cannot_do_is_one_line(tmp_path: Path) -> None:
         ("uaf_hard", ["fine-tuned"], "is no pre-trained run but one of recipe=uaf_hard; .* it began with .*pretrain"),
         ("uaf_hard", ["two phases"], "is no pre-trained run but one of recipe=uaf; warm_start.run= names one of"),
         ("uaf_hard", ["nowhere"], "nowhere: not a run"),
+        ("uaf_oracle", ["pre-trained"], r"truth\.parquet: no kinds of users; this needs data with planted sequences"),
     ],
 )
 def test_a_mistake_in_training_is_one_line(recipe: str, more: list[str], message: str, tmp_path: Path) -> None:
-    starts = {"fine-tuned": fine_tuned, "two phases": lambda: finished("uaf"), "nowhere": lambda: tmp_path / "nowhere"}
+    starts = {
+        "fine-tuned": fine_tuned,
+        "two phases": lambda: finished("uaf"),
+        "nowhere": lambda: tmp_path / "nowhere",
+        "pre-trained": pretrained,
+    }
     if more and more[0] in starts:
         more = [f"warm_start.run={starts[more[0]]()}"]
     with pytest.raises(UserError, match=message):

@@ -16,7 +16,9 @@ import torch
 from cdr_dist.configuration import from_words
 from cdr_dist.data.batch import Batch
 from cdr_dist.data.dataset import SEQUENCES, read_manifest
-from cdr_dist.data.demo import dataset_of
+from cdr_dist.data.demo import dataset_of, write_planted
+from cdr_dist.data.planted_sequences import PlantedSequences
+from cdr_dist.data.truth import kind_of_user
 from cdr_dist.errors import UserError
 from cdr_dist.models.encoder import Encoder
 from cdr_dist.training.checks import check_before_start
@@ -127,6 +129,23 @@ def phase_steps(run: Path) -> tuple[int, int]:
     """Steps at which the phases of a run of two end."""
     valid = lines(run, "valid")
     return max(of["step"] for of in valid if of["phase"] == "pretrain"), summary(run)["steps"]
+
+
+def test_the_planted_truth_decides_for_every_user(tmp_path: Path) -> None:
+    """Of a run on planted sequences the shares of fine-tuned copies are those of contrary users."""
+    folder = str(tmp_path / "data")
+    manifest = write_planted(PlantedSequences(users=300, source_users=0, shortest=6, longest=8), folder)
+    users, truth = pl.read_parquet(f"{folder}/vocab/user.parquet"), pl.read_parquet(f"{folder}/truth.parquet")
+    contrary = users.join(truth, left_on="key", right_on="user_id").filter(pl.col("kind") == "contrary")["id"]
+    found = kind_of_user(folder, manifest)
+    assert set(np.flatnonzero(found == 0)) == set(contrary.to_list())
+    assert 80 < len(contrary) < 160
+    assert set(found) == {0.0, 1.0}
+    for recipe, more in (("pretrain", []), ("uaf_oracle", [f"warm_start.run={tmp_path}/pretrain"])):
+        train(words(folder, tmp_path / recipe, *SEQUENTIAL, f"recipe={recipe}", *more, "trainer.max_steps=5"))
+    test = pl.read_parquet(f"{folder}/test/*.parquet")["user"]
+    share = test.is_in(contrary.to_list()).mean()
+    assert summary(tmp_path / "uaf_oracle")["policy"]["tuned_share"]["test"] == pytest.approx([share] * 2)
 
 
 @pytest.mark.parametrize("where", ["in the first phase", "where it ends", "in the second phase"])

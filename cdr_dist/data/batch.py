@@ -52,10 +52,12 @@ EVALUATION = Place(-1, 0)
 
 @dataclass(frozen=True)
 class Draws:
-    """How many numbers a backbone asks for by example; fixed: the same for a user, whatever the epoch and example."""
+    """How many numbers a backbone asks for by example; fixed: the same for a user, whatever the epoch and example.
+    of_user: of planted data, the number of each user's kind [users], in place of chance."""
 
     count: int = 0
     fixed: bool = False
+    of_user: NDArray[np.float32] | None = None
 
 
 @dataclass
@@ -400,6 +402,9 @@ class BatchBuilder:
 
     def _drawn(self, stored: StoredRows, epoch: int) -> Tensor:
         """[stored rows, count]; a worker without rows has one."""
+        if self._draws.of_user is not None:
+            kind = self._draws.of_user[stored["user"] if len(stored) else [UNKNOWN]]
+            return torch.from_numpy(kind[:, None].repeat(self._draws.count, 1))
         bits = mix(key("draw", self._seed), stored["example_id"] if len(stored) else np.zeros(1, dtype=np.int64))
         if self._draws.fixed:
             user = stored["user"] if len(stored) else np.zeros(1, dtype=np.int64)

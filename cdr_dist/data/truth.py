@@ -5,8 +5,10 @@ It says which source categories help, or which users' target behaviours are what
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import Manifest
@@ -34,6 +36,20 @@ def kinds_of_users(folder: str) -> dict[str, str]:
     return dict(zip(truth["user_id"], truth["kind"], strict=True))
 
 
+def kind_of_user(folder: str, manifest: Manifest) -> NDArray[np.float32]:
+    """0 for contrary users, 1 for aligned ones and those unknown: [users] by id. UserError: no such truth."""
+    kinds, vocab = kinds_of_users(folder), _vocabulary(folder, manifest, "user")
+    found = np.ones(manifest.rows["user"], dtype=np.float32)
+    found[vocab["id"]] = [kinds.get(key) != "contrary" for key in vocab["key"]]
+    return found
+
+
+def _vocabulary(folder: str, manifest: Manifest, name: str) -> dict[str, list]:
+    return pq.read_table(
+        pa.BufferReader(storage.read_bytes(storage.join(folder, manifest.vocab[name].path)))
+    ).to_pydict()
+
+
 def _read(folder: str) -> dict[str, list[str]]:
     return pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(folder, FILE)))).to_pydict()
 
@@ -45,8 +61,7 @@ def usefulness_by_category(folder: str, manifest: Manifest) -> list[str]:
         raise UserError(f"{uri}: no kinds of categories; this recipe needs data with planted truth, such as data=demo")
     truth = _read(folder)
     kind = dict(zip(truth["category"], truth["kind"], strict=True))
-    vocab_uri = storage.join(folder, manifest.vocab["source_category"].path)
-    vocab = pq.read_table(pa.BufferReader(storage.read_bytes(vocab_uri))).to_pydict()
+    vocab = _vocabulary(folder, manifest, "source_category")
     found = [""] * manifest.rows["source_category"]
     for number, name in zip(vocab["id"], vocab["key"], strict=True):
         found[number] = kind.get(name, "")

@@ -88,12 +88,13 @@ class Encoder(nn.Module):
     """A stack of residual blocks; all of it is trained, before and after.
 
     trains_items: whether fine-tuning trains the rows of the source items. draws: numbers that a route needs for every
-    sequence; fixed_draws: the same ones for a user at every use.
+    sequence; fixed_draws: the same ones for a user at every use; needs_truth: the user's planted kind in their place.
     """
 
     trains_items = True
     draws = 0
     fixed_draws = False
+    needs_truth = False
 
     def __init__(self, width: int, dilations: Sequence[int]) -> None:
         super().__init__()

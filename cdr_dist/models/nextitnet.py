@@ -115,6 +115,10 @@ class NextItNet(nn.Module):
     def fixed_draws(self) -> bool:
         return self.encoder.fixed_draws
 
+    @property
+    def needs_truth(self) -> bool:
+        return self.encoder.needs_truth
+
     def spec(self) -> Spec:
         history = {f"source_history_{part}": f"source_{part}" for part in self._parts}
         rows = history | {f"target_{part}": f"target_{part}" for part in self._parts}

@@ -15,7 +15,7 @@ from cdr_dist.data import feature_names, storage
 from cdr_dist.data.candidates import Candidates
 from cdr_dist.data.dataset import FIRST_ID, SEQUENCES, Manifest, read_manifest
 from cdr_dist.data.histories import History
-from cdr_dist.data.truth import of_categories
+from cdr_dist.data.truth import kinds_of_users, of_categories
 from cdr_dist.embeddings.options import TableSpec
 from cdr_dist.errors import UserError, nearest
 from cdr_dist.evaluation.classification import METRICS as CLASS_METRICS
@@ -110,7 +110,9 @@ def _built(what: str, spec: Any, **more: Any) -> Any:
 
 
 def check_updates(config: TrainConfig, folder: str) -> None:
-    """What the recipe's updates need: builds them, which loads TorchRec."""
+    """What the recipe's updates and its way of transfer need: builds them, which loads TorchRec."""
+    if getattr(build_model(config), "needs_truth", False):
+        kinds_of_users(folder)
     for update in (u for cycle in build_updates(config) for u in cycle):
         if getattr(update, "needs_truth", False):
             if not of_categories(folder):

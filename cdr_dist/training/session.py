@@ -24,6 +24,7 @@ from cdr_dist.data.lanes import lanes_of
 from cdr_dist.data.replicas import Replicas
 from cdr_dist.data.shards import ShardReader
 from cdr_dist.data.stream import Block, Stream
+from cdr_dist.data.truth import kind_of_user
 from cdr_dist.embeddings.initialisation import initialise_dense
 from cdr_dist.embeddings.tables import ShardedTables
 from cdr_dist.embeddings.workers import rank, sum_over_workers, world_size
@@ -57,7 +58,8 @@ class Session:
         specs = table_specs(config, self.manifest, self.model)
         self.tables = ShardedTables(specs, config.tables, config.seed, self.device, memory)
         read = {*spec.features, *(WEIGHED if config.recipe.source else ())}  # those that weigh may ask for a category
-        draws = Draws(getattr(self.model, "draws", 0), getattr(self.model, "fixed_draws", False))
+        kinds = kind_of_user(folder, self.manifest) if getattr(self.model, "needs_truth", False) else None
+        draws = Draws(getattr(self.model, "draws", 0), getattr(self.model, "fixed_draws", False), kinds)
         self.builder = BatchBuilder(
             folder,
             self.manifest,

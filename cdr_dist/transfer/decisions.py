@@ -39,7 +39,7 @@ class Hard:
     probability of fine-tuning within [.269, .731].
     """
 
-    draws, fixed_draws, needs_policy = 1, False, True
+    draws, fixed_draws, needs_policy, needs_truth = 1, False, True, False
 
     def __init__(self, temperature: float = 10.0, logits: str = "log_pi") -> None:
         if not temperature > 0:
@@ -59,7 +59,7 @@ class Hard:
 class Soft:
     """The sigmoid of the policy's say (eq. 12), which is the difference of its two numbers."""
 
-    draws, fixed_draws, needs_policy = 0, False, True
+    draws, fixed_draws, needs_policy, needs_truth = 0, False, True, False
 
     def gates(self, say: Tensor, draws: Tensor, training: bool) -> Gates:
         return Gates(torch.sigmoid(_gap(say)))
@@ -69,13 +69,19 @@ class Random:
     """A fair coin for every block; `fixed`: the same one for a user in training and evaluation (the paper's), else
     another for every epoch."""
 
-    draws, needs_policy = 1, False
+    draws, needs_policy, needs_truth = 1, False, False
 
     def __init__(self, fixed: bool = True) -> None:
         self.fixed_draws = fixed
 
     def gates(self, say: Tensor, draws: Tensor, training: bool) -> Gates:
         return Gates((draws < 0.5).to(say.dtype))
+
+
+class Planted(Random):
+    """Planted sequences only: contrary users take the fine-tuned copy of every block, aligned ones the frozen block."""
+
+    needs_truth = True
 
 
 class Reinforced:
@@ -86,7 +92,7 @@ class Reinforced:
     baseline: greedy, or a second sample (released). Evaluation is greedy.
     """
 
-    fixed_draws, needs_policy = False, True
+    fixed_draws, needs_policy, needs_truth = False, True, False
 
     def __init__(self, gamma: float = 1.0, beta: float = 1.0, reward: str = "paper", baseline: str = "greedy") -> None:
         _one_of("reward", reward, REWARDS)

@@ -25,11 +25,12 @@ STATE = 128
 
 class Decision(Protocol):
     """How a policy's say becomes gates. draws: numbers that it needs for every block of every sequence; needs_policy:
-    whether there is one at all."""
+    whether there is one at all; needs_truth: draws are no chance but the user's planted kind, 0 contrary, 1 aligned."""
 
     draws: int
     fixed_draws: bool
     needs_policy: bool
+    needs_truth: bool
 
     def gates(self, say: Tensor, draws: Tensor, training: bool) -> Gates:
         """say: what speaks for freezing and for fine-tuning each block [n, blocks, 2]; draws [n, blocks x draws]."""
@@ -63,6 +64,7 @@ class _Gated(Encoder):
         self.copies, self.policy = blocks_of(width, dilations), policy
         self._decision, self.trains_items = decision, items
         self.draws, self.fixed_draws = len(dilations) * decision.draws, decision.fixed_draws
+        self.needs_truth = decision.needs_truth
 
     def route(self, seen: Sequences, draws: Tensor) -> Gates:
         if self.policy is None:
