@@ -12,7 +12,7 @@ setup:
 train: setup
 	@$(python) jobs/demo.py
 test: setup
-	@$(python) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+	@$(python) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=15
 lint: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 bench-check: setup

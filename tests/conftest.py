@@ -1,6 +1,6 @@
 """Fixtures that several test files ask for; one thread a process, and the longest files first.
 
-Two processes share the cores of a small machine (make test), a file at a time.
+Three processes share the two cores of a small machine (make test), a file at a time: some tests only wait.
 """
 
 import os
