@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from cdr_dist.data import object_store, retries, storage
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.options import StorageOptions
 from cdr_dist.data.shards import ShardReader
+from cdr_dist.data.sources import table
 from cdr_dist.errors import UserError
 from tests.datasets import rated
 from tests.stores import (
@@ -161,6 +163,7 @@ import sys
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.shards import ShardReader
+from cdr_dist.data.sources import table
 manifest = read_manifest(sys.argv[1])
 reader = ShardReader(sys.argv[2], manifest, "train", ["item"])
 reader.plan("lane", range(len(reader.row_groups)))
@@ -177,6 +180,36 @@ def test_a_process_ends_at_once_while_it_reads_ahead(store, s3, fault):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert time.monotonic() - start < 25  # the default deadline is 30 s
+
+
+def test_no_thread_of_a_decoder_calls_python(s3, monkeypatch):
+    upload(rated(), s3)
+    reading, read = set(), storage.InputFile.read
+    monkeypatch.setattr(
+        storage.InputFile, "read", lambda file, count: (reading.add(threading.current_thread()), read(file, count))[1]
+    )
+    manifest = read_manifest(s3)
+    rows_of(ShardReader(s3, manifest, "train", ["item", "target_history_item"]))
+    list(table.batches(storage.join(s3, manifest.shards["train"][0].path), ["item", "user"]))
+    assert reading == {threading.current_thread()}
+
+
+def test_fetched_bytes_are_asked_for_once(store, s3):
+    uri, content = storage.join(s3, "file"), os.urandom(1 << 20)
+    storage.write_bytes(uri, content)
+    with storage.open_input(uri) as file:
+        store.reset()
+        near, far = 50 + file.least, 1 << 19
+        file.fetch([(far, far + 200_000), (near, near + 50), (0, 60), (far + 10, far + 20), (-5, 3), (9, 1 << 21)])
+        assert len(store.seen) == 2
+        for start, stop in [(0, 60), (near, near + 50), (far, far + 200_000), (far + 7, far + 150_000), (30, near)]:
+            file.seek(start)
+            assert file.read(stop - start) == content[start:stop]
+        assert len(store.seen) == 2
+        file.fetch([(near, near + 1)])
+        file.seek(far)
+        assert file.read(200_000) == content[far : far + 200_000]
+        assert len(store.seen) == 4
 
 
 def test_a_row_group_costs_few_requests_and_no_more_bytes_than_it_has(store, s3):

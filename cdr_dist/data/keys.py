@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import FIRST_ID, USERS, Manifest
+from cdr_dist.data.parquet_input import ParquetInput
 
 PADDING_KEY, UNKNOWN_KEY = "", "(unknown)"
 """What ids 0 and 1 are shown as."""
@@ -26,7 +27,7 @@ def keys_of_users(folder: str, manifest: Manifest) -> Iterator[pa.Array]:
     for path, column in files:
         uri = storage.join(folder, path)
         with storage.naming(uri), storage.open_input(uri) as file:
-            for group in pq.ParquetFile(file).iter_batches(1 << 18, columns=[column]):
+            for group in ParquetInput(file).iter_batches(columns=[column]):
                 yield group.column(0)
 
 

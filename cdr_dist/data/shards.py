@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import Manifest, Shard
 from cdr_dist.data.lanes import Piece
+from cdr_dist.data.parquet_input import ParquetInput
 from cdr_dist.data.read_ahead import ReadAhead
 from cdr_dist.data.replicas import Replicas
 from cdr_dist.errors import UserError
@@ -71,15 +72,14 @@ class ShardReader:
         def decode(file: Any) -> pa.Table:
             try:
                 known = self._footers.get(uri)
-                opened = pq.ParquetFile(file, metadata=known, pre_buffer=remote, page_checksum_verification=True)
-                table = opened.read_row_group(within, columns=self._columns, use_threads=False)
+                opened = ParquetInput(file, known, checksums=True)
+                table = opened.read_row_group(within, self._columns)
                 self._footers.put(uri, opened.metadata)
             except Exception:
                 self._footers.forget(uri)
                 raise
             return table
 
-        remote = not storage.is_local(uri)
         table = storage.decoded(uri, shard.bytes, decode)
         if table.num_rows != shard.row_groups[within]:
             raise UserError(f"{uri}: row group {within} holds {table.num_rows} rows, not {shard.row_groups[within]}")

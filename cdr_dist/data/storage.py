@@ -10,7 +10,7 @@ import functools
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -160,6 +160,20 @@ class InputFile(io.RawIOBase):
         self._uri, self._size = uri, size
         self._at = self._first = 0
         self._kept = b""
+        self._fetched: list[tuple[int, bytes]] = []
+
+    def fetch(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Reads the bytes start..stop-1 of each span now, neighbours in one request, for later reads within them.
+
+        They replace those of the call before. A span that is not of the file is left out.
+        """
+        self._fetched = []
+        merged: list[tuple[int, int]] = []
+        for start, stop in sorted(span for span in spans if 0 <= span[0] < span[1] <= self._size):
+            if merged and start <= merged[-1][1] + self.least:
+                start, stop = merged[-1][0], max(merged.pop()[1], stop)
+            merged.append((start, stop))
+        self._fetched = [(start, self._fetch(start, stop)) for start, stop in merged]
 
     def readable(self) -> bool:
         return True
@@ -179,6 +193,9 @@ class InputFile(io.RawIOBase):
         start = min(self._at, self._size)
         stop = self._size if count is None or count < 0 else min(start + count, self._size)
         self._at = stop
+        for first, content in self._fetched:
+            if first <= start and stop <= first + len(content):
+                return content[start - first : stop - first]
         if stop - start > self.least:
             return self._fetch(start, stop)
         if not self._first <= start <= stop <= self._first + len(self._kept):

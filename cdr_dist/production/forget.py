@@ -30,6 +30,7 @@ from cdr_dist.data.demo import dataset_of
 from cdr_dist.data.feature_names import vocabulary_of
 from cdr_dist.data.forgotten import Forgotten
 from cdr_dist.data.keys import Keys, keys_of_users
+from cdr_dist.data.parquet_input import ParquetInput
 from cdr_dist.data.replicas import places_of
 from cdr_dist.errors import UserError
 from cdr_dist.production.forget_dataset import forget_in_dataset
@@ -263,7 +264,7 @@ class _Work:
     def _without(self, uri: str, numbers: list[int]) -> int:
         """Writes a table anew where it has rows of the users -> how many."""
         with storage.naming(uri), storage.open_input(uri) as file:
-            table = pq.ParquetFile(file)
+            table = ParquetInput(file)
             column, wanted = _column_of_users(table.schema_arrow, self._keys, numbers)
             if not column or not len(wanted):
                 return 0
@@ -273,7 +274,7 @@ class _Work:
         if removed:
             self._leases.still_ours()
             with storage.naming(uri), storage.open_input(uri) as file, durable("forget.rows"):
-                _write_without(uri, pq.ParquetFile(file), column, wanted)
+                _write_without(uri, ParquetInput(file), column, wanted)
         return removed
 
     def _counts(self, folder: str) -> None:
@@ -310,7 +311,7 @@ def _keys_in_tables(folder: str, keys: set[str]) -> set[str]:
     for uri in storage.files(folder):
         if uri.endswith(".parquet"):
             with storage.naming(uri), storage.open_input(uri) as file:
-                for batch in pq.ParquetFile(file).iter_batches(columns=["user_id"]):
+                for batch in ParquetInput(file).iter_batches(columns=["user_id"]):
                     some = batch.column(0)
                     found |= set(some.filter(pc.is_in(some, wanted)).to_pylist())
     return found
@@ -340,7 +341,7 @@ def _column_of_users(schema: pa.Schema, keys: list[str], numbers: list[int]) -> 
     return "", pa.array([], pa.string())
 
 
-def _write_without(uri: str, table: pq.ParquetFile, column: str, wanted: pa.Array) -> None:
+def _write_without(uri: str, table: ParquetInput, column: str, wanted: pa.Array) -> None:
     schema = table.schema_arrow
     with (
         storage.open_output(uri) as out,
@@ -355,4 +356,4 @@ def _write_without(uri: str, table: pq.ParquetFile, column: str, wanted: pa.Arra
 
 def _rows_of(uri: str) -> int:
     with storage.naming(uri), storage.open_input(uri) as file:
-        return int(pq.ParquetFile(file).metadata.num_rows)
+        return int(ParquetInput(file).metadata.num_rows)

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cdr_dist.crash_points import durable
 from cdr_dist.data import hashing, storage
 from cdr_dist.data.dataset import FOLDERS, SEQUENCES, SPLITS, UNKNOWN, USERS, Manifest, Shard, read_manifest
+from cdr_dist.data.parquet_input import ParquetInput
 from cdr_dist.data.sequences import window_ids
 from cdr_dist.data.shuffle import row_groups, write_groups
 
@@ -92,12 +92,12 @@ def _written_without(folder: str, shard: Shard, again: int, column: str, wanted:
     """Writes a file anew, under another name, without the rows whose `column` is wanted."""
     uri, path = storage.join(folder, shard.path), f"{shard.path.partition('.')[0]}.{again}.parquet"
     with storage.naming(uri), storage.open_input(uri) as file, durable("forget.shard"):
-        table = pq.ParquetFile(file, page_checksum_verification=True)
+        table = ParquetInput(file, checksums=True)
         groups = row_groups(_kept(table, column, wanted), table.schema_arrow)
         return write_groups(folder, path, groups, table.schema_arrow)
 
 
-def _kept(table: pq.ParquetFile, column: str, wanted: pa.Array) -> Iterator[pa.Table]:
+def _kept(table: ParquetInput, column: str, wanted: pa.Array) -> Iterator[pa.Table]:
     for group in range(table.num_row_groups):
         rows = table.read_row_group(group)
         yield rows.filter(pc.invert(pc.is_in(rows[column], wanted)))
@@ -205,14 +205,14 @@ class _Scan:
     def _columns(self, shard: Shard, columns: list[str]) -> Iterator[list[NDArray[Any]]]:
         uri = storage.join(self._folder, shard.path)
         with storage.naming(uri), storage.open_input(uri) as file:
-            for batch in pq.ParquetFile(file).iter_batches(1 << 18, columns=columns):
+            for batch in ParquetInput(file).iter_batches(columns=columns):
                 yield [column.to_numpy(zero_copy_only=False) for column in batch.columns]
 
     def _own(self, shard: Shard) -> list[dict[str, Any]]:
         """The users' rows in a shard of users/."""
         uri, found = storage.join(self._folder, shard.path), []
         with storage.naming(uri), storage.open_input(uri) as file:
-            table = pq.ParquetFile(file)
+            table = ParquetInput(file)
             for group in range(table.num_row_groups):
                 there = pc.is_in(table.read_row_group(group, columns=[USER_KEY])[USER_KEY], self._keys)
                 if pc.any(there).as_py():
@@ -225,7 +225,7 @@ class _Scan:
         shard, found = self._manifest.vocab["user"], 0
         uri = storage.join(self._folder, shard.path)
         with storage.naming(uri), storage.open_input(uri) as file:
-            for batch in pq.ParquetFile(file).iter_batches(1 << 18, columns=["key"]):
+            for batch in ParquetInput(file).iter_batches(columns=["key"]):
                 found += pc.sum(pc.is_in(batch.column(0), self._keys)).as_py() or 0
         if found:
             self.hit.add(shard.path)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import read_manifest
+from cdr_dist.data.parquet_input import ParquetInput
 from cdr_dist.embeddings.workers import sum_over_workers
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Trained:
         for shard in manifest.shards["train"][session.rank :: session.workers]:
             uri = storage.join(folder, shard.path)
             with storage.naming(uri), storage.open_input(uri) as file:
-                for group in pq.ParquetFile(file).iter_batches(1 << 18, columns=["user", "item", "label"]):
+                for group in ParquetInput(file).iter_batches(columns=["user", "item", "label"]):
                     user, item, label = (torch.from_numpy(c.to_numpy().copy()) for c in group.columns)
                     users += torch.bincount(user, minlength=len(users))
                     items += torch.bincount(item, minlength=len(items))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from cdr_dist.configuration import STARTS, TrainConfig
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import Manifest
+from cdr_dist.data.parquet_input import ParquetInput
 from cdr_dist.errors import UserError, nearest
 from cdr_dist.training.checks import build_model
 
@@ -75,12 +75,12 @@ def _vocabulary(table: str, features: dict[str, str]) -> str:
     return reading[0]
 
 
-def _open(uri: str) -> pq.ParquetFile:
+def _open(uri: str) -> ParquetInput:
     with storage.naming(uri):
-        return pq.ParquetFile(storage.open_input(uri), page_checksum_verification=True)
+        return ParquetInput(storage.open_input(uri), checksums=True)
 
 
-def _columns(uri: str, file: pq.ParquetFile, width: int) -> None:
+def _columns(uri: str, file: ParquetInput, width: int) -> None:
     schema = file.schema_arrow
     for name in (ID, VECTOR):
         if name not in schema.names:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as csv
-import pyarrow.parquet as pq
 
 from cdr_dist.data import storage
+from cdr_dist.data.parquet_input import ParquetInput
 from cdr_dist.errors import UserError
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -60,7 +60,7 @@ def column_names(uri: str) -> list[str]:
     if is_text(uri):
         return text_header(uri, _dialect(uri))
     with storage.naming(uri), storage.open_input(uri) as file:
-        return list(pq.ParquetFile(file).schema_arrow.names)
+        return list(ParquetInput(file).schema_arrow.names)
 
 
 def text_header(uri: str, dialect: csv.ParseOptions) -> list[str]:
@@ -79,9 +79,7 @@ def batches(uri: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
         yield from text_batches(uri, columns, _dialect(uri))
         return
     with storage.naming(uri), storage.open_input(uri) as file:
-        opened = pq.ParquetFile(file, pre_buffer=True)
-        for group in range(opened.num_row_groups):  # all of them at once would be buffered at once
-            yield from opened.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=columns)
+        yield from ParquetInput(file).iter_batches(BATCH_ROWS, columns)
 
 
 def text_batches(uri: str, columns: list[str], dialect: csv.ParseOptions) -> Iterator[pa.RecordBatch]:
