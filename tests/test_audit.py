@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from cdr_dist.data.dataset import read_manifest
+from cdr_dist.data.dataset import FIRST_ID, read_manifest
 from cdr_dist.data.prepare import prepare
 from cdr_dist.data.prepare_options import options_from_words
 from cdr_dist.data.synthetic import planted_logs
@@ -18,7 +18,7 @@ from cdr_dist.errors import UserError
 from cdr_dist.evaluation import verdict
 from cdr_dist.evaluation.audit_page import Answer
 from cdr_dist.evaluation.metrics import auc
-from cdr_dist.evaluation.popularity import PRIOR, popularity
+from cdr_dist.evaluation.popularity import PRIOR, full_ranking, popularity
 from cdr_dist.evaluation.verdict import Category, Rows, Tried
 from cdr_dist.training import audit as module
 from cdr_dist.training.experiment_runs import Room, run_one
@@ -88,6 +88,21 @@ def test_categories_count_more_or_less_where_their_intervals_say_so():
     assert [Category("x", 1, w, w - 0.1, w + 0.1).verdict for w in (1.2, 1.05, 0.8)] == ["more", "as all", "less"]
 
 
+def check_full_ranking(folder, manifest, score):
+    scores = np.array([score(item) for item in range(manifest.rows["target_item"])])
+    trained = {user: set(part["item"]) for (user,), part in rows_of(folder, "train").group_by("user")}
+    gained = []
+    for row in rows_of(folder, "test").filter(pl.col("label") > 0).iter_rows(named=True):
+        barred = trained.get(row["user"], set()) | {row["item"]}
+        others = np.array([s for item, s in enumerate(scores) if item >= FIRST_ID and item not in barred])
+        first, tied = (others > scores[row["item"]]).sum(), 1 + (others == scores[row["item"]]).sum()
+        ranks = np.arange(first + 1, first + tied + 1)
+        gained.append([(ranks <= 3).mean(), np.where(ranks <= 3, 1 / ranks, 0).mean()])
+    found = full_ranking(str(folder), manifest, "test", [3])
+    np.testing.assert_allclose([found["hr@3"], found["mrr@3"]], np.mean(gained, axis=0))
+    assert 0 < found["mrr@3"] < 1
+
+
 @pytest.mark.parametrize("data", [rated, sampled])
 def test_popularity_against_a_loop(data):
     folder, manifest = data(), read_manifest(str(data()))
@@ -101,6 +116,7 @@ def test_popularity_against_a_loop(data):
             np.log1p(len(likes)) if manifest.label == "sampled" else (sum(likes) + PRIOR * mean) / (len(likes) + PRIOR)
         )
 
+    check_full_ranking(folder, manifest, score)
     expected = []
     for row in rows_of(folder, "test").sort("example_id").iter_rows(named=True):
         expected.append((row["example_id"], row["user"], row["label"], score(row["item"])))
