@@ -392,3 +392,20 @@ def test_the_process_prints_its_help_at_once():
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "python jobs/train.py data=demo recipe=biao" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "words"),
+    [("print('x' * 10**7)", 141, ""), ("raise BrokenPipeError('of a worker')", 1, "BrokenPipeError: of a worker")],
+    ids=["standard output", "another pipe"],
+)
+def test_a_reader_that_went_away(ends, code, words):
+    program = f"import sys\nfrom cdr_dist.jobs import run_job\ndef main(_):\n    {ends}\n"
+    program += "sys.exit(run_job('train', '', main))"
+    reading, writing = os.pipe()
+    if code == 141:
+        os.close(reading)
+    ran = subprocess.run([sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writing)
+    assert ran.returncode == code
+    assert (ran.stderr.strip().splitlines() or [""])[-1] == words

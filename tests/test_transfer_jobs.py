@@ -129,7 +129,7 @@ def test_what_a_job_cannot_do_is_one_line(tmp_path: Path) -> None:
     for more in ("full_ks=5", f"scores={tmp_path}/s.parquet"):
         with pytest.raises(UserError, match=re.escape(before)):
             evaluation_job([f"run={pretrained()}", more])
-    with pytest.raises(UserError, match="what is drawn for each user decides the scores"):
+    with pytest.raises(UserError, match="what is drawn or planted for each user decides the scores"):
         export_job([f"run={fine_tuned('uaf_random')}", f"out={tmp_path / 'out'}", "workers=0"])
     night = ["date=2026-01-04", "out=o", "source=a/{date}", "target=b/{date}", "labels=sampled", "model=nextitnet"]
     with pytest.raises(UserError, match="recipe=finetune_all: fine-tunes a pre-trained run, and a night starts"):

@@ -82,7 +82,7 @@ class _Read(dict[str, Tensor]):
 
 @torch.no_grad()
 def features_of(model: Any, width: int, longest: int) -> list[str]:
-    """What scoring reads; losses may read more. UserError: scores that depend on what is drawn for a user."""
+    """What scoring reads; losses may read more. UserError: scores by what is drawn or planted for a user."""
     generator = torch.Generator().manual_seed(0)
     features = model.spec().features
     embedded = _Read(
@@ -99,7 +99,8 @@ def features_of(model: Any, width: int, longest: int) -> list[str]:
     model.train(was)
     if not torch.equal(*scores):
         raise UserError(
-            "what is drawn for each user decides the scores (uaf_random), which no program elsewhere can draw"
+            "what is drawn or planted for each user decides the scores (uaf_random, uaf_oracle), which no program "
+            "elsewhere knows"
         )
     return [f for f in features if f in embedded.asked]
 
