@@ -182,6 +182,14 @@ def test_a_process_ends_at_once_while_it_reads_ahead(store, s3, fault):
     assert time.monotonic() - start < 25  # the default deadline is 30 s
 
 
+def test_a_wait_that_begins_as_the_process_ends_ends_at_once(monkeypatch):
+    over = threading.Event()
+    over.set()
+    monkeypatch.setattr(retries, "_ending", over)
+    with pytest.raises(InterruptedError):
+        retries.within_deadline(lambda: time.sleep(3))
+
+
 def test_no_thread_of_a_decoder_calls_python(s3, monkeypatch):
     upload(rated(), s3)
     reading, read = set(), storage.InputFile.read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import threading
+import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 
@@ -11,8 +12,8 @@ import pyarrow as pa
 
 from cdr_dist.data import retries
 
-JOINED_S = 5.0
-"""Longest wait for a fetch that is being decoded when the process ends."""
+JOINED_S = 15.0
+"""Longest wait for fetches when the process ends: they are cancelled, but one may still load its client, or decode."""
 
 _fetching: set[threading.Thread] = set()
 
@@ -99,5 +100,6 @@ class ReadAhead:
 @atexit.register
 def _end() -> None:
     retries.end()
-    for thread in list(_fetching):
-        thread.join(JOINED_S)
+    until = time.monotonic() + JOINED_S
+    while _fetching and (left := until - time.monotonic()) > 0:  # one may be starting another
+        next(iter(_fetching.copy())).join(left)

@@ -127,9 +127,11 @@ def within_deadline(action: Callable[[], T]) -> T:
 
 @contextmanager
 def ended_by(cancel: Callable[[], object]) -> Iterator[None]:
-    """While the block waits, the end of the process calls `cancel`."""
+    """While the block waits, the end of the process calls `cancel`; at once where it has come."""
     _waits.add(cancel)
     try:
+        if _ending.is_set():  # before it was added, perhaps: then nobody else calls it
+            cancel()
         yield
     finally:
         _waits.discard(cancel)
