@@ -145,7 +145,9 @@ def test_the_planted_truth_decides_for_every_user(tmp_path: Path) -> None:
         train(words(folder, tmp_path / recipe, *SEQUENTIAL, f"recipe={recipe}", *more, "trainer.max_steps=5"))
     test = pl.read_parquet(f"{folder}/test/*.parquet")["user"]
     share = test.is_in(contrary.to_list()).mean()
-    assert summary(tmp_path / "uaf_oracle")["policy"]["tuned_share"]["test"] == pytest.approx([share] * 2)
+    policy = summary(tmp_path / "uaf_oracle")["policy"]
+    assert policy["tuned_share"]["test"] == pytest.approx([share] * 2)
+    assert policy["tuned_sd"]["test"] == pytest.approx([(share * (1 - share)) ** 0.5] * 2)
 
 
 @pytest.mark.parametrize("where", ["in the first phase", "where it ends", "in the second phase"])

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def tuned_shares(session: Session, split: str) -> list[float] | None:
-    """Of each block the mean gate over the split's rows; None of a model without gates. A collective call."""
+def tuned_shares(session: Session, split: str) -> tuple[list[float], list[float]] | None:
+    """Of each block mean and standard deviation of the gate over the split's rows; None of a model without gates.
+
+    A deviation of 0: the policy says the same of everybody. A collective call.
+    """
     if getattr(session.model, "gates", None) is None:
         return None
     session.model.eval()
@@ -29,11 +32,11 @@ def tuned_shares(session: Session, split: str) -> list[float] | None:
         if gates is None:
             break
         real = batch.weight.unsqueeze(1)
-        part = torch.cat([(gates * real).sum(0), real.sum(0)]).double()
+        part = torch.cat([(gates * real).sum(0), (gates * gates * real).sum(0), real.sum(0)]).double()
         sums = part if sums is None else sums + part
     session.model.train()
     if sums is None:
         return None
     sums = sum_over_workers(sums)
-    shares: list[float] = (sums[:-1] / sums[-1].clamp(min=1)).tolist()
-    return shares
+    mean, square = (sums[:-1] / sums[-1].clamp(min=1)).chunk(2)
+    return mean.tolist(), (square - mean * mean).clamp(min=0).sqrt().tolist()

@@ -218,8 +218,9 @@ def section_of_policy(summary: Mapping[str, Any]) -> Section | None:
         return None
     test = shares["test"]
     drawn = [Bar(f"block {i}", share, f"{share:.2f}") for i, share in enumerate(test, 1)]
+    columns = [shares.get("valid"), test, (summary["policy"].get("tuned_sd") or {}).get("test")]
     rows = [
-        [f"Block {i}", *(f"{shares[split][i - 1]:.3f}" if shares.get(split) else "–" for split in ("valid", "test"))]
+        [f"Block {i}", *(f"{column[i - 1]:.3f}" if column else "–" for column in columns)]
         for i in range(1, len(test) + 1)
     ]
     mean = sum(test) / len(test)
@@ -233,9 +234,9 @@ def section_of_policy(summary: Mapping[str, Any]) -> Section | None:
         "The policy: which blocks are fine-tuned, for whom",
         "Of each block there is a pre-trained one, which stayed as it was, and a copy that was fine-tuned. A share of "
         "0: every user goes through the pre-trained block; 1: through the copy. A soft policy mixes both, and this is "
-        "the copy's mean share.",
+        "the copy's mean share. A deviation of 0: the policy decides the same for every user.",
         [chart],
-        [Table("Mean share of the fine-tuned copy", ["Block", "Validation", "Test"], rows)],
+        [Table("Mean share of the fine-tuned copy", ["Block", "Validation", "Test", "Test, standard deviation"], rows)],
     )
 
 

@@ -142,7 +142,7 @@ def _summary(
     checkpoints.load_parameters(checkpoints.of_step(p.best_step))
     scores = {"valid": None, "test": place.file(SCORES)}
     metrics = {split: last.measure(split, file) for split, file in scores.items()}
-    policy = {s: tuned_shares(session, s) for s in metrics} if last.stream == "lower" else {}
+    gates = {s: tuned_shares(session, s) for s in metrics} if last.stream == "lower" else {}
     passes = dict(session.passes)
     weights = learned_weights(session) if session.perceptron is not None else None
     predicted = p.step * loop.passes_a_step + p.upper_steps * config.hypergradient.passes
@@ -174,8 +174,11 @@ def _summary(
         "backward_passes": {**passes, "predicted": predicted},
         "parameters_sha256": digest,
     }
-    if any(policy.values()):
-        summary["policy"] = {"tuned_share": policy}
+    if policy := {split: of for split, of in gates.items() if of}:
+        summary["policy"] = {
+            "tuned_share": {split: mean for split, (mean, _) in policy.items()},
+            "tuned_sd": {split: sd for split, (_, sd) in policy.items()},
+        }
     if p.started:
         summary["started"] = p.started
     if session.rank:
