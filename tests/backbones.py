@@ -58,6 +58,13 @@ class NoWidth(Shared):
         return 9
 
 
+class NoSourceLoss(Shared):
+    """Reads the source and predicts nothing of it."""
+
+    def forward(self, embedded, batch):
+        return super().forward(embedded, batch)._replace(source_logit=None)
+
+
 class LostHead(Shared):
     def heads(self):
         return ("target_head", "sourse_head")

@@ -109,9 +109,22 @@ OPTIONS = {
     "an unknown feature": (backbone("UnknownFeature"), "reads the feature brand, which "),
     "a head that is not there": (backbone("LostHead"), "heads() names sourse_head"),
     "nothing to weigh by": ([*backbone("TargetItemsOnly"), "recipe=biao"], "the model does not read target_category"),
+    **{
+        f"no source loss for {recipe}": (
+            [*backbone("NoSourceLoss"), f"recipe={recipe}"],
+            f"recipe={recipe}: counts the loss of every source behaviour, but model tests.backbones.NoSourceLoss",
+        )
+        for recipe in ("joint", "biao", "gradient_cosine")
+    },
     "more workers than lanes": (["trainer.workers=9"], "trainer.workers=9 but stream.lanes=8"),
     "Adam on CPU": (["tables.optimiser=adam"], "tables.optimiser=adam: FBGEMM has no Adam on CPU"),
 }
+
+
+@pytest.mark.parametrize("recipe", ["target_only", "source_features"])
+def test_who_counts_no_source_loss_needs_none(recipe, job):
+    code, _, lines = job(*words(rated(), "run", *backbone("NoSourceLoss"), f"recipe={recipe}"), check=True)
+    assert (code, lines) == (0, [])
 
 
 @pytest.mark.parametrize("case", OPTIONS)

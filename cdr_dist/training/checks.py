@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import get_class, instantiate
@@ -113,7 +113,9 @@ def check_updates(config: TrainConfig, folder: str) -> None:
     """What the recipe's updates and its way of transfer need: builds them, which loads TorchRec."""
     if getattr(build_model(config), "needs_truth", False):
         kinds_of_users(folder)
-    for update in (u for cycle in build_updates(config) for u in cycle):
+    updates = [update for cycle in build_updates(config) for update in cycle]
+    check_source_loss(config, updates)
+    for update in updates:
         if getattr(update, "needs_truth", False):
             if not of_categories(folder):
                 raise UserError(f"recipe={config.recipe.name}: needs data with planted truth, such as data=demo")
@@ -135,6 +137,16 @@ def check_weighable(config: TrainConfig, model: Any) -> None:
     for name in config.hypergradient.theta:
         if name not in known:
             raise UserError(f"hypergradient.theta: '{name}' is unknown; {nearest(name, known)}")
+
+
+def check_source_loss(config: TrainConfig, updates: Sequence[Any]) -> None:
+    """UserError: an update that counts a source loss, and a model that has none."""
+    counts = config.recipe.source and any(getattr(update, "counts_source", False) for update in updates)
+    if counts and _two_rows(config, build_model(config)).source is None:
+        raise UserError(
+            f"recipe={config.recipe.name}: counts the loss of every source behaviour, but model "
+            f"{config.model['_target_']} has none (no source_logit); take recipe=target_only or source_features"
+        )
 
 
 def _check_one_by_one(config: TrainConfig, model: Any) -> None:
@@ -171,20 +183,7 @@ def _check_model(config: TrainConfig, manifest: Manifest) -> None:
     _check_unknown(config, manifest, name, model)
     if not config.recipe.target:
         return
-    try:
-        histories = len(_TwoLabels.histories["target"].item)
-        embedded = {
-            f: torch.zeros(histories if feature_names.of_history(f) else 2, config.tables.width)
-            for f in model.spec().features
-        }
-        labels = _TwoLabels(getattr(model, "draws", 0))
-        with torch.no_grad():
-            output = model(embedded, labels)
-            target, source = model.losses(output, labels)
-        heads, width = model.heads(), model.target_feature_width
-    except Exception as error:  # the author's code, on data of ours
-        reason = f"{type(error).__name__}: {_one_line(error)}"
-        raise UserError(f"{name}: two rows do not go through it ({reason})") from error
+    output, target, source, heads, width = _two_rows(config, model)
     if not isinstance(output, Output):
         raise UserError(f"{name}: returns {type(output).__name__}, not cdr_dist.models.protocol.Output")
     found: dict[str, Any] = {"target_logit": output.target_logit, "the target loss": target}
@@ -200,6 +199,34 @@ def _check_model(config: TrainConfig, manifest: Manifest) -> None:
     lost = [h for h in heads if config.recipe.source and not any(n.startswith(h) for n in named)]
     if lost:
         raise UserError(f"{name}: heads() names {lost[0]}, and no parameter's name starts with it")
+
+
+class _Tried(NamedTuple):
+    """What a model says of two rows."""
+
+    output: Any
+    target: Any
+    source: Any
+    heads: Any
+    width: Any
+
+
+def _two_rows(config: TrainConfig, model: Any) -> _Tried:
+    """UserError: they do not go through it."""
+    try:
+        histories = len(_TwoLabels.histories["target"].item)
+        embedded = {
+            f: torch.zeros(histories if feature_names.of_history(f) else 2, config.tables.width)
+            for f in model.spec().features
+        }
+        labels = _TwoLabels(getattr(model, "draws", 0))
+        with torch.no_grad():
+            output = model(embedded, labels)
+            target, source = model.losses(output, labels)
+        return _Tried(output, target, source, model.heads(), model.target_feature_width)
+    except Exception as error:  # the author's code, on data of ours
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        raise UserError(f"model {config.model['_target_']}: two rows do not go through it ({reason})") from error
 
 
 def _check_pairs(config: TrainConfig, manifest: Manifest) -> None:

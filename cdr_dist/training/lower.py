@@ -33,7 +33,7 @@ class Lower:
         self._weighting = weighting
         self.seen: dict[str, float] = {}
         """What else a step has found; the same on all workers."""
-        self.learned = weighting.learned
+        self.learned, self.counts_source = weighting.learned, getattr(weighting, "counts", True)
         self.needs_truth = getattr(weighting, "needs_truth", False)
 
     def bind(self, session: Session) -> None:

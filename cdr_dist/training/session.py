@@ -29,7 +29,15 @@ from cdr_dist.embeddings.initialisation import initialise_dense
 from cdr_dist.embeddings.tables import ShardedTables
 from cdr_dist.embeddings.workers import rank, sum_over_workers, world_size
 from cdr_dist.errors import UserError
-from cdr_dist.training.checks import WEIGHED, build_model, check_dataset, check_weighable, table_specs, trained_by
+from cdr_dist.training.checks import (
+    WEIGHED,
+    build_model,
+    check_dataset,
+    check_source_loss,
+    check_weighable,
+    table_specs,
+    trained_by,
+)
 from cdr_dist.training.dense import DenseStep
 
 TRAINED_SEQUENCES = SEQUENCES[0]
@@ -52,6 +60,7 @@ class Session:
         self.model = build_model(config).to(self.device)
         if learned:
             check_weighable(config, self.model)
+        check_source_loss(config, updates)
         initialise_dense(self.model, config.seed)
         spec = self.model.spec()
         self.features = {**spec.features, **spec.sequences}

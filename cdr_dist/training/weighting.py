@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 
 class Weighting(Protocol):
-    """`learned`: whether the session needs a perceptron."""
+    """`learned`: whether the session needs a perceptron. `counts`: whether source losses are asked for at all."""
 
     learned: bool
+    counts: bool
 
     def bind(self, session: Session) -> None: ...
 
@@ -32,7 +33,7 @@ class Weighting(Protocol):
 class NoSource:
     """Base-S and Base-0: the source loss does not count."""
 
-    learned = False
+    learned = counts = False
 
     def bind(self, session: Session) -> None:
         pass
@@ -44,7 +45,7 @@ class NoSource:
 class Uniform:
     """Base: every source behaviour weighs gamma0 / B."""
 
-    learned = False
+    learned, counts = False, True
 
     def bind(self, session: Session) -> None:
         self._gamma0 = session.config.upper.gamma0
@@ -56,7 +57,7 @@ class Uniform:
 class OfKinds:
     """Planted data: gamma0 / B for the behaviours of the kept kinds (helpful, neutral, harmful), 0 for the rest."""
 
-    learned = False
+    learned, counts = False, True
     needs_truth = True
 
     def __init__(self, keep: list[str]) -> None:
@@ -75,7 +76,7 @@ class OfKinds:
 class Learned:
     """BIAO: the behavioural perceptron's weights, constants in the lower loss (unless perceptron.item_gradient)."""
 
-    learned = True
+    learned = counts = True
 
     def bind(self, session: Session) -> None:
         assert session.perceptron is not None
