@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -38,7 +39,7 @@ def tried(name, signal, valid, where=None):
     known, random = rows(), np.random.default_rng(zlib.crc32(name.encode()))
     inside = np.ones(len(known.user)) if where is None else where
     scores = known.label * signal * inside + random.normal(size=(SEEDS, len(known.user)))
-    return Tried(name, [valid] * SEEDS, [auc(known.label, s) for s in scores], scores, seconds=2.0)
+    return Tried(name, [valid] * SEEDS, [auc(known.label, s) for s in scores], scores, 2.0, seeds=(8, 9, 10, 11))
 
 
 @pytest.mark.parametrize(("signal", "expected"), [(1.5, "yes"), (0.6, "not shown"), (0.0, "no")])
@@ -65,16 +66,37 @@ def test_groups_see_their_own_users_alone():
     assert sum(users for users, _ in found.groups.values()) == USERS
 
 
-def test_the_largest_gain_is_recommended_and_harm_is_named():
+def test_of_the_gains_shown_the_best_on_validation_is_recommended_and_harm_is_named():
     single = [tried("mf", 0.6, 0.7)]
-    some, more, harm = (
-        verdict.judge(n, rows(), single, [tried("biao", signal, 0.8)])
-        for n, signal in (("a", 1.3), ("b", 2.5), ("c", 0))
+    lucky, better, harm = (
+        verdict.judge(n, rows(), single, [tried("biao", signal, valid)])
+        for n, signal, valid in (("a", 2.5, 0.8), ("b", 1.3, 0.81), ("c", 0, 0.9))
     )
-    assert verdict.recommended([some, more, harm]) is more
-    assert verdict.to_json([some, more, harm])["source"] == "b"
+    assert lucky.difference.difference > better.difference.difference
+    assert verdict.recommended([lucky, better, harm]) is better
+    assert verdict.to_json([lucky, better, harm])["source"] == "b"
     assert verdict.recommended([harm]) is None
     assert "c does harm" in verdict.sentence([harm])
+
+
+@pytest.mark.parametrize(("alone", "harms"), [(0.2, False), (1.5, True)], ids=["the backbone", "the source"])
+def test_a_source_does_harm_only_where_the_same_backbone_is_better_without_it(alone, harms):
+    singles = [tried("mf", 2.5, 0.9), tried("target_only", alone, 0.7)]
+    found = verdict.judge("books", rows(), singles, [tried("joint", 0.3, 0.8)])
+    assert (found.verdict, found.harms) == ("no", harms)
+    assert ("books does harm" in verdict.sentence([found])) == harms
+    assert verdict.to_json([found])["sources"][0]["harms"] == harms
+
+
+def test_seeds_are_compared_with_themselves_where_some_failed():
+    """The noise of a seed is the same in both methods, so that only true pairs differ by the signal alone."""
+    noise = np.random.default_rng(0).normal(size=(5, 2 * USERS))
+    single = Tried("mf", [0.7], [0.5], noise, seeds=(8, 9, 10, 11, 12))
+    better = Tried("biao", [0.8], [0.5], (noise + 0.05 * rows().label)[[3, 4, 0]], seeds=(11, 12, 8))
+    found = verdict.judge("books", rows(), [single], [better])
+    assert found.verdict == "yes"
+    with pytest.raises(UserError, match="biao and mf: of no seed did both runs come through"):
+        verdict.judge("books", rows(), [replace(single, seeds=(1, 2, 3, 4, 5))], [better])
 
 
 def test_a_scorer_without_seeds_stands_against_every_seed():

@@ -1,7 +1,8 @@
 """Should I transfer, what, and from where? What an audit's scores say, with intervals.
 
 The methods that are compared are chosen by their validation AUC: the best single-domain one, and of each source the
-best that uses it. Their difference is then measured on the test rows, which no choice has looked at.
+best that uses it. Their difference is then measured on the test rows: it says whether to transfer. Among several
+sources whose gain is shown the validation AUC decides again.
 """
 
 from __future__ import annotations
@@ -14,17 +15,22 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cdr_dist.errors import UserError
 from cdr_dist.evaluation.significance import PairedDifference, paired_bootstrap
 
 GROUPS = {"cold (1 or 2)": (1, 2), "short (3 to 9)": (3, 9), "long (10 and more)": (10, math.inf)}
 """Users by their training behaviours in the target: name -> least, most."""
+ALONE = "target_only"
 FEWEST_USERS = 30
 """Of a smaller group nothing is said."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One method with its options tuned. valid, test: AUC by seed. scores: [seeds, rows] of the test rows."""
+    """One method with its options tuned. valid, test: AUC by seed. scores: [seeds, rows] of the test rows.
+
+    seeds: of its runs that came through; empty for one that has none (popularity), which has a single row of scores.
+    """
 
     name: str
     valid: list[float]
@@ -33,6 +39,7 @@ class Tried:
     seconds: float = 0.0
     passes: float = 0.0
     words: str = ""
+    seeds: tuple[int, ...] = ()
 
     @property
     def validation(self) -> float:
@@ -72,15 +79,22 @@ class OfSource:
     best: Tried
     tried: list[Tried]
     difference: PairedDifference
+    own: PairedDifference | None
+    """Against target_only, the same backbone without a source; None where that was not tried."""
     groups: dict[str, tuple[int, PairedDifference]]  # group -> users, difference
     categories: list[Category]
 
     @property
     def verdict(self) -> str:
-        """yes, no (it does harm), or not shown: the interval holds 0."""
+        """yes, no (worse than without), or not shown: the interval holds 0."""
         if self.difference.low > 0:
             return "yes"
         return "no" if self.difference.high < 0 else "not shown"
+
+    @property
+    def harms(self) -> bool:
+        """Whether it is the source that costs, and not the backbone: also that alone is better without it."""
+        return self.verdict == "no" and (self.own is None or self.own.high < 0)
 
 
 def judge(
@@ -94,23 +108,35 @@ def judge(
         inside = (rows.behaviours >= least) & (rows.behaviours <= most)
         users = len(np.unique(rows.user[inside]))
         if users >= FEWEST_USERS:
-            groups[group] = users, _difference(rows, inside, best, single)
+            groups[group] = users, difference(rows, inside, best, single)
     ordered = sorted(categories, key=lambda c: -c.weight)
-    return OfSource(name, single, best, list(tried), _difference(rows, everyone, best, single), groups, ordered)
+    alone = next((of for of in singles if of.name == ALONE), None)
+    own = None if alone is None else difference(rows, everyone, best, alone)
+    return OfSource(name, single, best, list(tried), difference(rows, everyone, best, single), own, groups, ordered)
 
 
-def _difference(rows: Rows, inside: NDArray[np.bool_], best: Tried, single: Tried) -> PairedDifference:
-    """One scorer without seeds (popularity) stands against every seed of the other."""
-    a, b = best.scores[:, inside], single.scores[:, inside]
-    seeds = max(len(a), len(b))
-    a, b = (np.broadcast_to(x, (seeds, x.shape[1])) if len(x) == 1 else x for x in (a, b))
-    return paired_bootstrap(rows.user[inside], rows.label[inside], a, b)
+def difference(rows: Rows, inside: NDArray[np.bool_], a: Tried, b: Tried) -> PairedDifference:
+    """a - b on the rows `inside`, over the seeds that both have; one without seeds stands against every seed.
+
+    UserError: they have none in common.
+    """
+    seeds = sorted(set(a.seeds) & set(b.seeds)) if a.seeds and b.seeds else list(a.seeds or b.seeds)
+    if not seeds and (a.seeds or b.seeds):
+        raise UserError(f"{a.name} and {b.name}: of no seed did both runs come through")
+    first, second = (_of_seeds(of, seeds)[:, inside] for of in (a, b))
+    return paired_bootstrap(rows.user[inside], rows.label[inside], first, second)
+
+
+def _of_seeds(of: Tried, seeds: Sequence[int]) -> NDArray[np.float64]:
+    if of.seeds:
+        return of.scores[[of.seeds.index(seed) for seed in seeds]]
+    return np.broadcast_to(of.scores, (max(1, len(seeds)), of.scores.shape[1]))
 
 
 def recommended(found: Sequence[OfSource]) -> OfSource | None:
-    """The source with the largest gain that is shown; None: train on the target alone."""
+    """Of the sources whose gain is shown the best on validation data; None: train on the target alone."""
     shown = [of for of in found if of.verdict == "yes"]
-    return max(shown, key=lambda of: of.difference.difference, default=None)
+    return max(shown, key=lambda of: of.best.validation, default=None)
 
 
 def sentence(found: Sequence[OfSource]) -> str:
@@ -118,7 +144,7 @@ def sentence(found: Sequence[OfSource]) -> str:
     best = recommended(found)
     single = found[0].single
     if best is None:
-        harmful = [of.name for of in found if of.verdict == "no"]
+        harmful = [of.name for of in found if of.harms]
         why = f"{', '.join(harmful)} does harm" if harmful else "no source shows a gain"
         return f"No: {why}. Train {single.name} on the target alone (test AUC {np.mean(single.test):.4f})."
     d = best.difference
@@ -145,7 +171,8 @@ def tables(singles: Sequence[Tried], found: Sequence[OfSource]) -> list[Table]:
         for where, of in named
     ]
     sources = [
-        [of.name, of.verdict, of.best.name, of.single.name, *_interval(of.difference), _cost(of)] for of in found
+        [of.name, of.verdict, of.best.name, of.single.name, *_interval(of.difference), _own(of), _cost(of)]
+        for of in found
     ]
     groups = [
         [of.name, group, f"{users:,}", *_interval(difference)]
@@ -158,8 +185,9 @@ def tables(singles: Sequence[Tried], found: Sequence[OfSource]) -> list[Table]:
         for c in of.categories
     ]
     gain = ["test AUC gained", "95%", "p"]
+    head = ["source", "transfer?", "method", "against", *gain, f"gained over {ALONE}", "time"]
     every = [
-        Table("From where?", ["source", "transfer?", "method", "against", *gain, "time"], sources, 4),
+        Table("From where?", head, sources, 4),
         Table("For whom? Users by their training behaviours", ["source", "users", "number", *gain], groups, 2),
         Table(
             "What? Source categories as BIAO weighs them",
@@ -186,6 +214,10 @@ def _interval(of: PairedDifference) -> list[str]:
     return [f"{of.difference:+.4f}", f"{of.low:+.4f} … {of.high:+.4f}", f"{of.p:.3f}"]
 
 
+def _own(of: OfSource) -> str:
+    return f"{of.own.difference:+.4f} ({of.own.low:+.4f} … {of.own.high:+.4f})" if of.own else "–"
+
+
 def _cost(of: OfSource) -> str:
     """Training time against the single-domain method's."""
     return f"{of.best.seconds / of.single.seconds:.1f} x" if of.single.seconds else f"{of.best.seconds:.0f} s"
@@ -206,6 +238,8 @@ def to_json(found: Sequence[OfSource]) -> Mapping[str, object]:
                 "words": of.best.words,
                 "against": of.single.name,
                 **{n: getattr(of.difference, n) for n in ("difference", "low", "high", "p")},
+                "harms": of.harms,
+                "own": of.own and {n: getattr(of.own, n) for n in ("difference", "low", "high", "p")},
                 "groups": {
                     group: {"users": users, **{n: getattr(d, n) for n in ("difference", "low", "high")}}
                     for group, (users, d) in of.groups.items()

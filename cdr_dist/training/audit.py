@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -62,11 +62,11 @@ class Request:
 def audit_job(words: Sequence[str]) -> None:
     """Words: source= target= (and any option of prepare), or data=; seeds= budget= model= out=; any option of train."""
     request = request_of(words)
-    found, singles = audit(request)
+    found, singles, _, lost = audit(request)
     request.out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "jobs/audit.py", *words])
     transfer = verdict.recommended(found) is not None
-    answer = Answer(transfer, verdict.sentence(found), verdict.tables(singles, found), notes(request), command)
+    answer = Answer(transfer, verdict.sentence(found), verdict.tables(singles, found), notes(request, lost), command)
     (request.out / "audit.md").write_text(answer.markdown())
     (request.out / "audit.html").write_text(answer.html())
     (request.out / "audit.json").write_text(json.dumps(verdict.to_json(found), indent=1) + "\n")
@@ -181,7 +181,16 @@ def experiments(request: Request, label: str) -> tuple[Experiment, Experiment]:
     return of("single", singles, {first: data[first]}), of("transfer", TRANSFER, data)
 
 
-def audit(request: Request, places: Places | None = None) -> tuple[list[OfSource], list[Tried]]:
+class Audited(NamedTuple):
+    """What an audit found, on which test rows; lost: the runs that did not come through, and why."""
+
+    found: list[OfSource]
+    singles: list[Tried]
+    rows: Rows
+    lost: list[str]
+
+
+def audit(request: Request, places: Places | None = None) -> Audited:
     """Runs what is missing, and judges. UserError: a method none of whose runs came through."""
     folder = next(iter(request.data.values()))
     manifest = read_manifest(folder)
@@ -219,7 +228,9 @@ def audit(request: Request, places: Places | None = None) -> tuple[list[OfSource
         tried = [_tried(done[name, m], of_words[name, m], rows) for m in TRANSFER]
         categories = _categories(own, read_manifest(own), done[name, "biao"])
         found.append(verdict.judge(name, known, singles, tried, categories))
-    return found, singles
+    every = [outcome for outcomes in done.values() for outcome in outcomes]
+    lost = [f"{o.plan}: {o.ended.failure}" for o in every if o.summary is None]
+    return Audited(found, singles, known, lost)
 
 
 def _tried(outcomes: Sequence[Outcome], words: str, rows: Any) -> Tried:
@@ -248,6 +259,7 @@ def _tried(outcomes: Sequence[Outcome], words: str, rows: Any) -> Tried:
         mean("throughput", "train_s"),
         mean("backward_passes", "lower", "head", "upper"),
         words,
+        tuple(o.plan.seed for o in good),
     )
 
 
@@ -275,10 +287,12 @@ def _categories(folder: str, manifest: Manifest, outcomes: Sequence[Outcome]) ->
     return found
 
 
-def notes(request: Request) -> str:
+def notes(request: Request, lost: Sequence[str]) -> str:
+    failed = f" Failed, and left out with their seeds: {'; '.join(lost)}." if lost else ""
     return (
         f"Seeds {request.seeds.start} to {request.seeds.stop - 1}; {request.budget} trials of a search on validation "
         f"data for every method, on seed {request.seeds.start - 1}. A source's method and its opponent are the best on "
         "validation data; gains are measured on test data, by a paired bootstrap over users and seeds. "
-        '"not shown": the interval holds 0. A weight of 1 is what joint training gives every behaviour.'
+        '"not shown": the interval holds 0. A source does harm where the same backbone is better without it. A weight '
+        f"of 1 is what joint training gives every behaviour.{failed}"
     )
