@@ -23,6 +23,8 @@ from cdr_dist.evaluation.popularity import PRIOR, full_ranking, popularity
 from cdr_dist.evaluation.verdict import Category, Rows, Tried
 from cdr_dist.training import audit as module
 from cdr_dist.training.experiment_runs import Room, run_one
+from cdr_dist.training.run_folder import RunFolder
+from tests.browser import check_readable, needs_browser
 from tests.datasets import SHAPE, rated, rows_of, sampled
 
 USERS, SEEDS = 400, 4
@@ -194,11 +196,29 @@ def test_an_audit_of_two_sources_tries_them_apart_and_together(tmp_path, monkeyp
     module.audit_job([*given, *SMALL])
     found = json.loads((tmp_path / "out/audit.json").read_text())
     assert [source["name"] for source in found["sources"]] == ["a", "b", "a + b"]
-    assert all(source["categories"] for source in found["sources"])
+    assert {name[:2] for name in found["sources"][2]["categories"]} == {"a:", "b:"}
     text = (tmp_path / "out/audit.md").read_text()
     assert text.count("| target alone |") == 3
     page = Tables((tmp_path / "out/audit.html").read_text())
     assert (page.tables, page.foreign) == (4, [])
+
+
+def test_of_sampled_labels_the_factorisation_is_bprs(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.experiment_runs, "places_of", lambda _: Here())
+    monkeypatch.setattr(module, "TRANSFER", {"biao": ["recipe=biao"]})
+    module.audit_job([f"data={sampled()}", f"out={tmp_path}", *SMALL])
+    assert "| BPR-MF " in (tmp_path / "audit.md").read_text()
+    runs = [RunFolder(str(path.parent)) for path in tmp_path.glob("runs/single/**/BPR-MF/**/config.yaml")]
+    assert {run.config().model["loss"] for run in runs} == {"bpr"}
+
+
+@needs_browser
+def test_a_browser_shows_the_answer(tmp_path):
+    singles = [tried("mf", 0.6, 0.7), tried("target_only", 0.5, 0.6)]
+    found = verdict.judge("books", rows(), singles, [tried("biao", 1.5, 0.8)])
+    answer = Answer(True, verdict.sentence([found]), verdict.tables(singles, [found]), "notes", "command")
+    (tmp_path / "page.html").write_text(answer.html())
+    check_readable(tmp_path / "page.html", tmp_path)
 
 
 def test_names_are_escaped_in_the_page():

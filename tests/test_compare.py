@@ -16,6 +16,7 @@ from cdr_dist.evaluation.metrics import auc
 from cdr_dist.training.comparison import compare, difference
 from cdr_dist.training.comparison_job import comparison_job
 from cdr_dist.training.run_folder import SCORES, RunFolder
+from tests.browser import check_readable, needs_browser
 from tests.datasets import rated, sampled, scratch
 from tests.runs import summary, train, words
 
@@ -48,6 +49,12 @@ def test_the_text_says_what_differs_and_by_how_much(tmp_path, capsys):
     page = (tmp_path / "both.html").read_text()
     assert page.count("<svg") == 2, "training loss, validation AUC"
     assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", page)
+
+
+@needs_browser
+def test_a_browser_shows_it(tmp_path, capsys):
+    comparison_job([f"a={joint()}", f"b={biao()}", f"out={tmp_path}/both.html"])
+    check_readable(tmp_path / "both.html", tmp_path, height=1600)
 
 
 def auc_of(run):

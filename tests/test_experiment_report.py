@@ -17,6 +17,7 @@ from cdr_dist.evaluation.experiment_report import write_report
 from cdr_dist.evaluation.experiment_tables import Findings, Run, as_markdown, grid_table, tables_of, verdict
 from cdr_dist.evaluation.paper import load_paper
 from cdr_dist.training.experiment import load, names
+from tests.browser import check_readable, needs_browser
 from tests.experiments import findings, run, summary
 
 PAPERS = CONFIGS / "paper"
@@ -264,6 +265,12 @@ def test_figures_of_transfer_stand_on_the_page(tmp_path):
     assert "pretrain, which others start from" in page
     names = {file.stem for file in (tmp_path / "out" / "figures").glob("*.svg")}
     assert names == {"mine-auc", "mine-nextitnet-learning", "tuned"}
+
+
+@needs_browser
+def test_a_browser_shows_it(tmp_path):
+    write_report(of_transfer(tmp_path), tmp_path / "out")
+    check_readable(tmp_path / "out" / "report.html", tmp_path, height=2000)
 
 
 def test_a_paper_with_several_metrics_has_a_column_for_each(tmp_path):

@@ -22,6 +22,7 @@ from cdr_dist.training.best import best_of_run
 from cdr_dist.training.explanation_job import explain_user, explanation_job, explanation_worker, file_name
 from cdr_dist.training.run_folder import RunFolder
 from tests import reference
+from tests.browser import check_readable, needs_browser
 from tests.datasets import rated, rows_of
 from tests.problem import replaced
 from tests.processes import on_workers
@@ -251,6 +252,12 @@ def test_names_are_escaped_and_the_page_needs_nothing_else():
         assert raw not in page, raw
     for escaped in ("&lt;script&gt;alert(1)&lt;/script&gt;", "&lt;i&gt;&#34;u&#34;", "&lt;b&gt;t&lt;/b&gt;", "a&amp;b"):
         assert escaped in page
+
+
+@needs_browser
+def test_a_browser_shows_it(tmp_path):
+    (tmp_path / "page.html").write_text(as_html(explanation()))
+    check_readable(tmp_path / "page.html", tmp_path)
 
 
 def test_parts_that_are_left_out_are_called_so():

@@ -95,6 +95,14 @@ def test_options_that_change_the_count(tmp_path, options, more):
     assert found["expected"][f"interval + K + {3 + block} (the true count)"] == 7 + 2 + 3 + block
 
 
+@pytest.mark.parametrize(("inverse", "products"), [("identity", 0), ("conjugate_gradient", 2)])
+def test_every_inverse_counts_its_products(tmp_path, inverse, products):
+    options = ["hypergradient.terms=2", f"hypergradient.inverse={inverse}", "hypergradient.damping=0.5"]
+    passes, found = counted(tmp_path, "recipe=biao", *options)
+    assert passes == {"lower backward": 7, **UPPER, **({"Hessian-vector product": products} if products else {})}
+    assert found["expected"]["the options"] == sum(passes.values())
+
+
 def test_weights_that_pass_a_gradient_on_are_counted_in_parts(tmp_path):
     released = ["preset=as_released", "upper.interval=7", "upper.dev_batch_size=64", "upper.head_refresh=dev:2"]
     passes, found = counted(tmp_path, "recipe=biao", *released, "batch.accumulate=2")

@@ -23,6 +23,7 @@ from cdr_dist.training import report
 from cdr_dist.training.report_job import report_job
 from cdr_dist.training.report_of_weights import END, LEAST, section_of_weights
 from cdr_dist.training.run_folder import RunFolder
+from tests.browser import needs_browser, picture
 from tests.datasets import rated, sampled, scratch
 from tests.problem import replaced
 from tests.runs import summary, train
@@ -397,22 +398,15 @@ def test_a_mistake_is_one_line(given, message, job, tmp_path, monkeypatch):
 # ---- seen by a browser ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium, which opens the page")
+@needs_browser
 @pytest.mark.parametrize(("width", "height"), [(1100, 3000), (500, 4600)], ids=["desk", "phone"])
 def test_a_browser_shows_it(width, height, tmp_path):
-    from matplotlib.image import imread
-
-    shot = tmp_path / "shot.png"
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    command += [f"--user-data-dir={tmp_path}/browser", f"--screenshot={shot}", f"--window-size={width},{height}"]
-    subprocess.run([*command, f"file://{biao()}/report.html"], check=True, timeout=120, capture_output=True)
-    picture = (imread(shot)[:, :, :3] * 255).round().astype(int)
-    assert picture.shape == (height, width, 3)
-    inked = (picture < 250).any(2)
+    shown = picture(f"{biao()}/report.html", width, height, tmp_path)
+    inked = (shown < 250).any(2)
     assert 0.03 < inked.mean() < 0.5
     assert inked[:600].any()
     assert inked[height * 3 // 4 :].mean() > 0.01  # down to the charts of the weights, and further
     assert not inked[:, -10:].any()  # nothing is wider than the page
     for colour, least in [(BLUE, 0.01), (ORANGE, 1e-4), (RED, 1e-3)]:  # of the charts
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-        assert (abs(picture - wanted) < 12).all(2).mean() > least, colour
+        assert (abs(shown - wanted) < 12).all(2).mean() > least, colour

@@ -95,3 +95,17 @@ def test_other_numbers_of_names_are_a_mistake(raw, more, expected):
     with pytest.raises(UserError) as error:
         prepared(raw, "a.csv,b.csv", more)
     assert expected in str(error.value)
+
+
+def test_the_behaviours_of_every_source_are_weighed(raw, tmp_path):
+    both = prepared(raw, "a.csv,b.csv")
+    train(words(both, tmp_path / "run", "recipe=biao", "trainer.max_steps=8"))
+    weights = pl.read_parquet(tmp_path / "run" / "weights.parquet")
+    names = pl.read_parquet(both / "vocab/source_category.parquet").select(
+        category=pl.col("id").cast(pl.Int64), key="key"
+    )
+    found = weights.join(names, on="category")
+    for source in ("a:", "b:"):
+        of = found.filter(pl.col("key").str.starts_with(source))
+        assert of["behaviours"].sum() > 0
+        assert (of["weight"] > 0).all()
