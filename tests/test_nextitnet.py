@@ -17,7 +17,7 @@ from cdr_dist.errors import UserError
 from cdr_dist.models import softmax
 from cdr_dist.models.causal import DILATIONS, Block, receptive_field
 from cdr_dist.models.encoder import Encoder, Sequences
-from cdr_dist.models.nextitnet import NextItNet
+from cdr_dist.models.nextitnet import NextItNet, _right
 from cdr_dist.models.softmax import softmax_losses, weighted_softmax_loss
 from cdr_dist.transfer.decisions import Gates, Hard, Random, Reinforced, Soft
 from cdr_dist.transfer.finetune import FineTune
@@ -71,6 +71,13 @@ def naive_block(block: Block, x: Tensor) -> Tensor:
             out.append(y.relu())
         x = torch.stack(out)
     return x
+
+
+def test_what_is_right_of_one_that_stands_alone_and_of_one_before_its_negatives() -> None:
+    alone = _right(torch.tensor([[-5.0], [5.0], [-5.0], [5.0]]), torch.tensor([[1.0], [1.0], [0.0], [0.0]]))
+    assert alone.tolist() == [False, True, True, False]
+    lines = torch.tensor([[1.0, 0.5, 0.9], [1.0, 0.5, 1.1], [1.0, 0.5, 1.0]])
+    assert _right(lines, torch.tensor([[1.0, 0.0, 0.0]] * 3)).tolist() == [True, False, False]
 
 
 def test_sizes_are_the_papers() -> None:

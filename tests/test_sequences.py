@@ -114,6 +114,13 @@ def test_nobody_is_in_two_splits_by_user_and_many_are_by_instance(tmp_path: Path
     assert shared["instance"] > 0.8
 
 
+@pytest.mark.parametrize("split", ["user", "instance"])
+def test_the_papers_shares_are_the_default(tmp_path: Path, split: str) -> None:
+    options, _ = run(tmp_path, random_log(1, 600, 5000), random_log(2, 600, 6000), split=split)
+    rows = [len(rows_of(options.out, part)) for part in SPLITS]
+    np.testing.assert_allclose(np.array(rows) / sum(rows), [0.8, 0.05, 0.15], atol=0.03)
+
+
 def test_a_split_stays_when_others_come(tmp_path: Path) -> None:
     source, target = logs()
     splits = []

@@ -140,6 +140,7 @@ BAD = {
         "0,1,2,3": r"no ',,' between source and target items; a line reads s1,\.\.\.,sn,,t1,t2,\.\.\.",
         "0,1,2,,": "no target item",
         "0,0,0,,4": "the source sequence is all padding",
+        ",,4": "the source sequence is empty",
         "0,1.5,,4": r"'1\.5' is not a whole number",
         "0,1,,4,-2": "'-2' is not a whole number",
         "0,1,,4,,5": "'' is not a whole number",

@@ -289,3 +289,26 @@ def test_a_second_phase_goes_on_in_the_second_phase(tmp_path: Path) -> None:
     later = lines(tmp_path / "run", "valid")[before:]
     assert newest(tmp_path / "run").name >= f"step-{first:08d}"
     assert {of["phase"] for of in later} == {"finetune"}
+
+
+@pytest.mark.parametrize("recipe", [*FINE_TUNED, "finetune_zero", "mtl"])
+def test_target_items_are_ranked_among_all_by_default(recipe: str) -> None:
+    model = "nextitnet_mtl" if recipe == "mtl" else "nextitnet"
+    chosen = from_words([f"recipe={recipe}", f"model={model}"]).evaluation
+    assert (chosen.metric, 5 in chosen.full_ks) == ("full_mrr@5", True)
+
+
+@pytest.mark.parametrize(("recipe", "what"), [("pretrain", "sequences"), ("finetune_zero", "source_history")])
+def test_sequences_of_unknown_items_are_refused(recipe: str, what: str, tmp_path: Path) -> None:
+    folder = str(edited(copied(sequenced(), tmp_path), unknown={what: 0.23}))
+    asked = [f"recipe={recipe}", "model=nextitnet", "batch.history_length=8", "softmax.negatives=0"]
+    with pytest.raises(
+        UserError, match=rf"23\.0% of the items in {what} are unknown, more than trainer.max_unknown=0.05"
+    ):
+        check_before_start(from_words(words(folder, tmp_path / "run", *asked)), folder)
+    check_before_start(from_words(words(folder, tmp_path / "run", *asked, "trainer.max_unknown=.25")), folder)
+
+
+def test_pre_training_in_parts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"batch\.accumulate: pre-training takes its batches whole"):
+        train(given(tmp_path / "run", "pretrain", "batch.accumulate=2"))

@@ -258,7 +258,12 @@ class _Products:
 
 
 def _right(logit: Tensor, label: Tensor) -> Tensor:
-    """Whether the first of every line, the positive, stands above all others, its negatives: [n, copies] -> [n]."""
+    """Whether the first of every line, the positive, stands above all others, its negatives: [n, copies] -> [n].
+
+    A rated row stands alone: whether the sign of its logit is that of its label.
+    """
+    if logit.shape[1] == 1:
+        return ((logit > 0) == (label > 0))[:, 0]
     return (logit[:, :1] > logit[:, 1:]).all(1) & (label[:, 0] > 0)
 
 

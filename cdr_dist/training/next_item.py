@@ -28,6 +28,8 @@ class NextItem:
 
     def bind(self, session: Session) -> None:
         self._session = session
+        if session.config.batch.accumulate > 1:
+            raise UserError("batch.accumulate: pre-training takes its batches whole; take 1, or fewer batch.sequences")
 
     def run(self, stop_wanted: bool) -> dict[str, float]:
         """One update -> `loss` (also called nll, as in evaluation), and `stop` > 0 where a worker was told to stop."""

@@ -88,7 +88,8 @@ class Reinforced:
     """Self-critical sequence training (eq. 13-15): the loss gets beta times -log p(A) (R(A) - R(baseline)).
 
     reward of a right recommendation, s being the share of fine-tuned blocks: 1 - s^2 (paper), 1 - gamma (1 - s)^2
-    (released); of a wrong one: -gamma. A recommendation is right where the positive stands above its negatives.
+    (released); of a wrong one: -gamma. A recommendation is right where the positive stands above its
+    negatives, of a rated row where the sign of its logit is that of its label.
     baseline: greedy, or a second sample (released). Evaluation is greedy.
     """
 

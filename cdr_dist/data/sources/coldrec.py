@@ -20,6 +20,8 @@ def _behaviours(line: str) -> Behaviours:
         raise UserError("no ',,' between source and target items")
     if not target:
         raise UserError("no target item")
+    if not source:
+        raise UserError("the source sequence is empty")
     padded, targets = source.split(","), target.split(",")
     first = next((place for place, item in enumerate(padded) if item != PADDING), len(padded))
     items = padded[first:]
