@@ -171,6 +171,15 @@ def test_without_the_option_there_are_none(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("least", [0, 1])
+def test_examples_without_a_source_sequence_are_told(tmp_path: Path, least: int, caplog: Any) -> None:
+    options, _ = run(tmp_path, random_log(1, 60, 300), random_log(2, 60, 300), sequences=4, least_history=least)
+    empty = sum(not row["source_history_item"] for part in SPLITS for row in rows_of(options.out, part))
+    told = [r.getMessage() for r in caplog.records if "no positive source behaviour before them" in r.getMessage()]
+    assert (empty > 0) == (least == 0)
+    assert [line.split(" of ")[0] for line in told] == [f"{empty:,}"] * (least == 0)
+
+
 def test_a_stream_reads_them(tmp_path: Path) -> None:
     options, manifest = run(tmp_path, *logs(), **SHARES)
     reader = ShardReader(options.out, manifest, "sequences_train", ["example_id", "source_history_item"])

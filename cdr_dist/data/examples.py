@@ -48,6 +48,7 @@ class Built:
     unknown: list[int]  # rows of each split whose user or item id is unknown
     unseen_user: list[int]  # rows of each split whose user has no training row
     unseen_item: list[int]  # rows of each split whose item is in no training row
+    empty: list[int]  # rows of each split before which their user has no positive source behaviour
     source: list[int]  # positive source behaviours of users with examples, and in sequences
     unknown_source: list[int]  # those of them whose item is unknown
 
@@ -68,12 +69,12 @@ def build(task: Build) -> Built:
     user_files = [_spilled(task, USERS, users, np.full(users.num_rows, FOLDERS.index(USERS)))]
     sequence_files = [_sequences(task, examples, cold)] if task.partition.options.sequences else []
     of_split = [np.bincount(examples.split[mask], minlength=3)[:3].tolist() for mask in examples.counted()]
-    all_, no_id, no_user, no_item = of_split
     longest = task.partition.options.sequences
     history = _unknown_among(examples.source, examples.source.label > 0)
     pretrained = sum(_unknown_among(of, in_sequences(of, longest)) for of in (examples.source, cold.source))
     (unknown, source) = np.stack([history, np.asarray(pretrained)], axis=1).tolist()
-    return Built(files, user_files, sequence_files, all_, no_id, no_user, no_item, source, unknown)
+    all_, no_id, no_user, no_item, empty = of_split
+    return Built(files, user_files, sequence_files, all_, no_id, no_user, no_item, empty, source, unknown)
 
 
 def _spilled(task: Build, name: str, rows: pa.Table, folder: np.ndarray) -> str:
@@ -130,10 +131,11 @@ class Examples:
         return splits.validation_times(self.target, self.options, self.split)
 
     def counted(self) -> tuple[np.ndarray, ...]:
-        """Masks over the rows: all, unknown user or item, user that never trains, item that never trains."""
+        """Masks over the rows: all, unknown user or item, user that never trains, item that never trains, no source."""
         unknown = (self.user_id[self.target.user] == UNKNOWN) | (self.target.item == UNKNOWN)
         trains = np.bincount(self.target.user[self.split == splits.TRAIN], minlength=self.target.users) > 0
-        return np.ones(len(self.split), dtype=bool), unknown, ~trains[self.target.user], ~self.item_trains
+        no_source = self.source_history[1].lengths == 0
+        return np.ones(len(self.split), dtype=bool), unknown, ~trains[self.target.user], ~self.item_trains, no_source
 
     @cached_property
     def target_history(self) -> tuple[np.ndarray, Slices]:

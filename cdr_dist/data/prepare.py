@@ -192,6 +192,8 @@ def _prepare(options: PrepareOptions, inputs: Inputs, work: str) -> Manifest:
         vocab, rows = _write_vocabularies(folder, users, users_before, items)
         manifest = _manifest(options, inputs, counted, built, written, vocab, rows)
         _warn_of_unknown(manifest)
+        if options.sequences:
+            _warn_of_empty(built)
         with durable("prepare.manifest"):
             if (left_out := forgotten.of(options)).users:
                 forgotten.write(folder, left_out)
@@ -394,6 +396,14 @@ def _unknown_source(built: list[examples.Built]) -> dict[str, float]:
     """Shares of positive source behaviours whose item is unknown: of users with examples, and in sequences."""
     unknown, all_ = _sum([b.unknown_source for b in built]), _sum([b.source for b in built])
     return {name: n / max(1, of) for name, n, of in zip(UNKNOWN_SOURCE, unknown, all_, strict=True)}
+
+
+def _warn_of_empty(built: list[examples.Built]) -> None:
+    """Such an example tells a model that reads source sequences nothing of its user."""
+    empty, all_ = (sum(_sum([getattr(b, of) for b in built])) for of in ("empty", "rows"))
+    if empty:
+        told = "%s of %s examples have no positive source behaviour before them; least_history=1 leaves them out"
+        log.warning(told, f"{empty:,}", f"{all_:,}")
 
 
 def _warn_of_unknown(manifest: Manifest) -> None:
