@@ -18,6 +18,7 @@ from cdr_dist.models import softmax
 from cdr_dist.models.causal import DILATIONS, Block, receptive_field
 from cdr_dist.models.encoder import Encoder, Sequences
 from cdr_dist.models.nextitnet import NextItNet, _right
+from cdr_dist.models.pairs import pair_scorer
 from cdr_dist.models.softmax import softmax_losses, weighted_softmax_loss
 from cdr_dist.transfer.decisions import Gates, Hard, Random, Reinforced, Soft
 from cdr_dist.transfer.finetune import FineTune
@@ -139,6 +140,35 @@ def test_before_fine_tuning_every_way_of_transfer_is_the_pre_trained_network(nam
     assert torch.allclose(found, encoder.pretraining(seen.rows), atol=1e-12)
 
 
+@pytest.mark.parametrize("insertion", ["serial", "parallel"])
+def test_adapters_are_added_behind_or_beside_each_convolution(insertion: str) -> None:
+    encoder = PeterRec(insertion).encoder(WIDTH, (2, 1)).double()
+    shaken(encoder)
+    of, seen = dict(encoder.named_parameters()), sequences(5, 3)
+    x = seen.rows
+    for i, block in enumerate(encoder.blocks):
+        y = x
+        for k in (1, 2):
+            z, adapter = getattr(block, f"convolution{k}")(y), f"adapters{k}.{i}"
+            low = (z if insertion == "serial" else y) @ of[f"{adapter}.down.weight"].T + of[f"{adapter}.down.bias"]
+            low = low * (1 + torch.erf(low / math.sqrt(2))) / 2  # GELU
+            added = low @ of[f"{adapter}.up.weight"].T + of[f"{adapter}.up.bias"]
+            y = getattr(block, f"norm{k}")(z + added).relu()
+        x = x + y
+    assert torch.allclose(encoder(seen, None), x, atol=1e-12)
+
+
+@pytest.mark.parametrize("policy", ["nextitnet", "gru"])
+def test_a_policy_says_the_same_of_a_sequence_in_any_company(policy: str) -> None:
+    encoder = UserAdaptive(Soft(), policy).encoder(WIDTH, (1, 4)).double()
+    shaken(encoder)
+    both, none = sequences(3, 9), torch.zeros(2, 0)
+    alone = Sequences(both.rows[:1, :3], both.real[:1, :3], both.lengths[:1])
+    found, wanted = (encoder.route(seen, none[: len(seen.rows)]).tuned for seen in (both, alone))  # type: ignore[union-attr]
+    assert torch.allclose(found[0], wanted[0], atol=1e-14)
+    assert not torch.allclose(found[0], found[1], atol=0.01)
+
+
 def tuned_by(gate: float) -> tuple[Tensor, Tensor, Tensor]:
     """The output under one gate for all, that of the frozen blocks and that of the copies."""
     encoder = UserAdaptive(Soft()).encoder(WIDTH, (1, 4)).double()
@@ -215,6 +245,28 @@ def test_reinforced_gates_have_the_gradient_of_the_expected_reward() -> None:
         share = taken.mean()
         reward = 1 - share**2 if bool(right(taken)) else torch.tensor(-0.5)
         expected = expected + chance * reward
+    ours, theirs = (torch.autograd.grad(of, gap, retain_graph=True)[0] for of in (total, -1.5 * expected))
+    assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_a_sampled_baseline_is_a_draw_of_its_own_with_the_same_expected_gradient() -> None:
+    torch.manual_seed(4)
+    gap = torch.randn(1, 2, dtype=torch.double, requires_grad=True)
+    decision, probability = Reinforced(gamma=0.5, beta=1.5, baseline="sample"), gap.sigmoid()
+    say, p = torch.stack([torch.zeros_like(gap), gap], dim=2), gap.detach().sigmoid()
+    assert (decision.draws, Reinforced().draws) == (2, 1)
+    choices = [torch.tensor([of], dtype=torch.double) for of in itertools.product((0.0, 1.0), repeat=2)]
+    chances = [(of * probability + (1 - of) * (1 - probability)).prod() for of in choices]
+    draws = [torch.where(of > 0, p / 2, (1 + p) / 2) for of in choices]
+    total = torch.zeros((), dtype=torch.double)
+    for i, j in itertools.product(range(4), repeat=2):
+        gates = decision.gates(say, torch.cat([draws[i], draws[j]], dim=1), True)
+        assert torch.equal(gates.tuned, choices[i])
+        assert torch.equal(gates.baseline().tuned, choices[j])
+        right = [of.sum(1) != 1 for of in (gates.tuned, gates.baseline().tuned)]
+        total = total + (chances[i] * chances[j]).detach() * gates.policy_loss(*right).sum()
+    rewards = [1 - of.mean() ** 2 if of.sum() != 1 else -0.5 for of in choices]
+    expected = sum(chance * reward for chance, reward in zip(chances, rewards, strict=True))
     ours, theirs = (torch.autograd.grad(of, gap, retain_graph=True)[0] for of in (total, -1.5 * expected))
     assert torch.allclose(ours, theirs, atol=1e-12)
 
@@ -359,6 +411,48 @@ def test_the_loss_of_bpr_and_bce_and_the_score_of_either_pooling() -> None:
             wanted = torch.where(rows.label > 0, 0.0, torch.log1p(gaps.exp()))
         assert source is None
         assert torch.allclose(target, wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["none", "peterrec", "hard"])
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_pair_scores_are_those_of_the_forward_pass(name: str, pooling: str, bias: bool) -> None:
+    model = NextItNet(WIDTH, dilations=[1, 4], pooling=pooling, bias=bias)
+    if name != "none":
+        model.adapt(EVERY_TRANSFER[name])
+    model = model.double().eval()
+    shaken(model)
+    rows = Rows({"source": history([2, 3, 4, 7, 8], [5], [], [6, 2])}, 2, torch.zeros(4, model.draws))
+    given = embedded(model, rows, torch.randn(10, WIDTH, dtype=torch.double))
+    scorer = pair_scorer(model)
+    parts, items = scorer.row_part(given, rows), scorer.item_part(given)
+    matrix = scorer.matrix(parts, items)  # type: ignore[attr-defined]
+    assert torch.allclose(scorer.logits(parts[:, None], items), matrix, atol=1e-12)
+    assert torch.allclose(scorer.logits(parts, items), matrix.diagonal(), atol=1e-12)
+    for shift in range(8):
+        target = given["target_item"].roll(-shift, 0)
+        wanted = model(given | {"target_item": target}, rows).target_logit
+        assert torch.allclose(matrix[torch.arange(8), (torch.arange(8) + shift) % 8], wanted, atol=1e-12)
+    if name == "hard":
+        gates = model.gates(given, rows)
+        assert gates is not None
+        assert 0 < gates.mean() < 1
+
+
+@pytest.mark.parametrize("name", EVERY_TRANSFER)
+def test_a_step_has_gradients_of_what_is_trained_and_of_nothing_else(name: str) -> None:
+    model = NextItNet(WIDTH, dilations=[1, 4])
+    model.adapt(EVERY_TRANSFER[name])
+    model = model.double()
+    shaken(model)
+    rows = Rows({"source": history([2, 3, 4], [5, 6])}, 2, torch.rand(2, model.draws, dtype=torch.double))
+    given = embedded(model, rows, torch.randn(10, WIDTH, dtype=torch.double))
+    given["target_item"].requires_grad_()
+    names, _ = model.trained(False)
+    for each, parameter in model.named_parameters():
+        parameter.requires_grad_(each in names)
+    model.losses(model(given, rows), rows)[0].sum().backward()
+    assert {each for each, parameter in model.named_parameters() if parameter.grad is not None} == set(names)
 
 
 def test_pre_training_predicts_every_known_next_item_once() -> None:
