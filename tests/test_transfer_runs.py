@@ -108,21 +108,42 @@ def of_five_steps() -> list[str]:
     return [f"batch.size={2 * size}", f"batch.sequences={manifest.examples(SEQUENCES[0]) // 4 - 1}"]
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-@pytest.mark.parametrize("recipe", ["pretrain", "peterrec", "uaf_hard", "uaf_rl", "mtl", "all positions"])
+MORE = {
+    "pretrain": [],
+    "mtl": ["model=nextitnet_mtl"],
+    "all positions": ["recipe=joint", "model=nextitnet_mtl", "model.source_positions=all"],
+    "biao": ["model=nextitnet_mtl", "upper.interval=2"],
+}
+"""Words that a recipe of five steps takes; one that is not here fine-tunes."""
+
+
+def five_steps(recipe: str) -> list[str]:
+    return [*MORE.get(recipe, [f"warm_start.run={pretrained()}"]), *of_five_steps()]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "workers"),
+    [(of, n) for of in ("pretrain", "peterrec", "uaf_hard", "uaf_rl", "mtl", "all positions") for n in (2, 3)]
+    + [(of, 2) for of in ("uaf_random", "finetune_last1")],
+)
 def test_runs_agree_on_any_number_of_workers(recipe: str, workers: int) -> None:
     """After few steps: what follows of a rounding error grows with every ReLU whose input is almost 0."""
-    more = {
-        "pretrain": [],
-        "mtl": ["model=nextitnet_mtl"],
-        "all positions": ["recipe=joint", "model=nextitnet_mtl", "model.source_positions=all"],
-    }.get(recipe, [f"warm_start.run={pretrained()}"])
-    one, other = (finished(recipe, n, *more, *of_five_steps()) for n in (1, workers))
+    one, other = (finished(recipe, n, *five_steps(recipe)) for n in (1, workers))
     assert 4 < steps_of(other) == steps_of(one) < 9
+    assert summary(other)["upper_steps"] == summary(one)["upper_steps"] == 2 * (recipe == "biao")
     apart = distances(one, other)
     assert max(apart.values()) < 2e-5, max(apart.items(), key=lambda of: of[1])
     left, right = (summary(run)["metrics"]["test"] for run in (one, other))
     assert left == pytest.approx(right, abs=2e-3)
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "peterrec", "uaf_rl", "uaf_random", "mtl"])
+def test_every_kind_of_run_killed_and_resumed_gives_the_same_bits(recipe: str, tmp_path: Path) -> None:
+    run = given(tmp_path / "run", recipe, *five_steps(recipe))
+    assert train([*run, "trainer.checkpoint_every=3"], killed_after=4) == [KILLED]
+    assert newest(tmp_path / "run").name == "step-00000003"
+    train(run)
+    same_run(finished(recipe, 1, *five_steps(recipe)), tmp_path / "run")
 
 
 def phase_steps(run: Path) -> tuple[int, int]:
