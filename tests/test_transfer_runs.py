@@ -124,7 +124,7 @@ def five_steps(recipe: str) -> list[str]:
 @pytest.mark.parametrize(
     ("recipe", "workers"),
     [(of, n) for of in ("pretrain", "peterrec", "uaf_hard", "uaf_rl", "mtl", "all positions") for n in (2, 3)]
-    + [(of, 2) for of in ("uaf_random", "finetune_last1")],
+    + [(of, 2) for of in ("uaf_random", "finetune_last1", "biao")],
 )
 def test_runs_agree_on_any_number_of_workers(recipe: str, workers: int) -> None:
     """After few steps: what follows of a rounding error grows with every ReLU whose input is almost 0."""

@@ -133,7 +133,12 @@ class _Problem:
             assert source is not None, "the upper step needs a source loss"
             loss = (train.weight * target).sum() / train.global_rows + (self._leaf * source).sum()
         with span("train gradient with graph"):
-            self._gradient = torch.autograd.grad(loss * self._local_factor, self._theta, create_graph=True)
+            found = torch.autograd.grad(
+                loss * self._local_factor, self._theta, create_graph=True, materialize_grads=True
+            )
+            # A worker without an example of the batch may not read a table: the gradient is 0, and needs a graph.
+            nothing = 0.0 * self._leaf.sum()
+            self._gradient = [g if g.requires_grad else g + nothing for g in found]
 
     @property
     def _local_factor(self) -> int:
