@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from cdr_dist.data.truth import kind_of_user
 from cdr_dist.errors import UserError
 from cdr_dist.models.encoder import Encoder
 from cdr_dist.training.checks import check_before_start
+from cdr_dist.training.next_item import NextItem
 from cdr_dist.training.session import Session
 from cdr_dist.training.start import check_start
 from cdr_dist.training.upper import Upper
@@ -74,13 +76,14 @@ def pretrained() -> Path:
     return finished("pretrain")
 
 
+def stored_sequences() -> list[int]:
+    """Numbers of all that there are to train on, in order."""
+    files = Path(sequenced(), SEQUENCES[0]).glob("*.parquet")
+    return sorted(example for file in files for example in pq.read_table(file)["example_id"].to_pylist())
+
+
 def test_pre_training_sees_every_sequence_once_an_epoch() -> None:
-    folder = str(sequenced())
-    stored = sorted(
-        example
-        for file in Path(folder, SEQUENCES[0]).glob("*.parquet")
-        for example in pq.read_table(file)["example_id"].to_pylist()
-    )
+    stored = stored_sequences()
     seen = [
         example for of in on_workers(2, _sequences_of_an_epoch, given(scratch() / "x", "pretrain")) for example in of
     ]
@@ -106,6 +109,31 @@ def of_five_steps() -> list[str]:
     rows = manifest.examples("train")
     size = next(n for n in range(rows // 4, 0, -1) if 0 < rows % n <= 2 and rows // n < 8)
     return [f"batch.size={2 * size}", f"batch.sequences={manifest.examples(SEQUENCES[0]) // 4 - 1}"]
+
+
+def test_pre_training_resumed_on_another_number_of_workers_sees_every_sequence_once(tmp_path: Path) -> None:
+    run, within = given(tmp_path / "run", "pretrain", *of_five_steps()), functools.partial(recording, str(tmp_path))
+    assert train([*run, "trainer.checkpoint_every=3"], 1, killed_after=3, within=within) == [KILLED]
+    train(run, 2, within=within)
+    seen = [[int(line) for line in file.read_text().split()] for file in tmp_path.glob("*.seen")]
+    assert len(seen) == 3
+    assert sorted(example for of in seen for example in of) == stored_sequences()
+
+
+@contextlib.contextmanager
+def recording(folder: str) -> Iterator[None]:
+    """Writes the sequences that every update of pre-training of this worker trains on."""
+    original = NextItem.run
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".seen", delete=False) as out:
+
+        def run(update: NextItem, stop_wanted: bool) -> dict[str, float]:
+            batch = update._session.sequences.peek().batch
+            values = original(update, stop_wanted)
+            out.writelines(f"{example}\n" for example in batch.example[batch.histories["source"].lengths > 0].tolist())
+            return values
+
+        with replaced(NextItem, "run", run):
+            yield
 
 
 MORE = {
