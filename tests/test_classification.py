@@ -12,6 +12,8 @@ import torch
 
 from cdr_dist.configuration import from_words
 from cdr_dist.data.dataset import FIRST_ID, read_manifest
+from cdr_dist.data.demo import write_planted
+from cdr_dist.data.planted_sequences import PlantedSequences
 from cdr_dist.data.prepare_options import PrepareOptions
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
 from cdr_dist.errors import UserError
@@ -22,7 +24,7 @@ from cdr_dist.training.evaluate import evaluation_rows
 from cdr_dist.training.session import Session
 from tests import datasets
 from tests.processes import on_workers
-from tests.runs import lines, summary, train, words
+from tests.runs import distances, lines, summary, train, words
 from tests.test_prepare import keys_of, run
 
 MF = ["model=mf", "recipe=target_only"]
@@ -180,6 +182,24 @@ def test_f1_selects_the_checkpoint_and_stands_in_the_summary(tmp_path):
     assert found["best"] == {"step": best["step"], "metric": "f1", "value": best["values"]["f1"]}
     assert found["metrics"]["valid"]["f1"] == best["values"]["f1"]
     assert 0 <= found["metrics"]["test"]["accuracy"] <= 1
+
+
+def test_a_softmax_over_classes_trains_alike_on_any_number_of_workers(tmp_path):
+    shape = PlantedSequences(users=300, source_users=0, classes=4, target_behaviours=1, shortest=5, longest=8)
+    data = str(tmp_path / "data")
+    write_planted(shape, data)
+    sizes = ["tables.width=8", "batch.sequences=64", "batch.history_length=8", "trainer.max_steps=8"]
+    given = ["model=nextitnet", "model.dilations=[1,4]", "model.loss=softmax", *sizes, "evaluation.full_ks=[]"]
+    train(words(data, tmp_path / "pre", *given, "recipe=pretrain"))
+    given += ["recipe=finetune_all", f"warm_start.run={tmp_path}/pre", "evaluation.metric=accuracy", "batch.size=30"]
+    for workers in (1, 2):
+        train(words(data, tmp_path / f"{workers}", *given), workers)
+    one, two = (summary(tmp_path / f"{workers}") for workers in (1, 2))
+    assert one["steps"] == two["steps"] == 8
+    for split in ("valid", "test"):
+        assert one["metrics"][split] == pytest.approx(two["metrics"][split], abs=1e-3)
+    assert 0.25 < one["metrics"]["test"]["accuracy"] < 1
+    assert max(distances(tmp_path / "1", tmp_path / "2").values()) < 2e-5
 
 
 def test_the_positive_class_is_one_of_two(tmp_path):
