@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 
 from cdr_dist.configuration import from_words
 from cdr_dist.data.dataset import FIRST_ID
+from cdr_dist.data.feature_names import of_history
 from cdr_dist.embeddings.features import ids_by_table, rows_by_feature
 from cdr_dist.errors import UserError
 from cdr_dist.evaluation.metrics import ranking
@@ -57,12 +59,17 @@ def test_pair_scores_of_conet_are_those_of_its_forward_pass(hidden, source):
 
 KS = (1, 3, 10)
 DATA = ["rated", "sampled"]
+CASES = [(data, recipe) for recipe in ("joint", "target_only", "mf") for data in DATA] + [("sequenced", "uaf_soft")]
+MODELS = {
+    "mf": ["model=mf", "tables.lr=0.3"],
+    "uaf_soft": ["model=nextitnet", "model.dilations=[1,4]", "tables.width=8", "tables.lr=0.3"],
+}
 
 
 @contextlib.contextmanager
 def _trained(data, recipe, change=None, exclude="train"):
-    """recipe: mf: matrix factorisation, whose logits are a product."""
-    given = ["recipe=target_only", "model=mf", "tables.lr=0.3"] if recipe == "mf" else [f"recipe={recipe}"]
+    """recipe: mf: matrix factorisation, whose logits are a product; uaf_soft: those of sequences."""
+    given = MODELS.get(recipe, []) + [f"recipe={'target_only' if recipe == 'mf' else recipe}"]
     given += ["batch.size=64", "trainer.workers=1", "trainer.epochs=1", f"evaluation.full_exclude={exclude}"]
     given += ["model.loss=bce"] if recipe == "mf" and data.endswith("rated") else []
     config = from_words([f"data={data}", *given])
@@ -109,8 +116,9 @@ def by_brute_force(rank, data, recipe, exclude="train"):
             of_items = rows_by_feature(session.tables.read(ids_by_table(asked, tables)), asked, tables)
             for i in np.flatnonzero((batch.label > 0).numpy()):
                 own = int(batch.train["target_item"].values()[i])
-                many = {f: found[f][i].expand(len(items), -1) for f in found} | of_items
-                logit = session.model(many, None).target_logit.numpy()
+                many = {f: x if of_history(f) else x[i].expand(len(items), -1) for f, x in found.items()} | of_items
+                alone = replace(batch, histories={d: h.some(i, i + 1) for d, h in batch.histories.items()})
+                logit = session.model(many, alone).target_logit.numpy()
                 for item, score in zip(items.tolist(), logit, strict=True):
                     if item == own or exclude == "none" or item not in trained.get(int(batch.user[i]), ()):
                         groups.append(int(batch.example[i]))
@@ -119,8 +127,7 @@ def by_brute_force(rank, data, recipe, exclude="train"):
     return {f"full_{name}": value for name, value in ranking(groups, labels, scores, KS).items()}
 
 
-@pytest.mark.parametrize("recipe", ["joint", "target_only", "mf"])
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize(("name", "recipe"), CASES)
 def test_ranks_are_those_of_scoring_everything_and_the_same_on_any_number_of_workers(name, recipe):
     data = str(getattr(datasets, name)())
     (expected,) = on_workers(1, by_brute_force, data, recipe)
