@@ -240,6 +240,15 @@ def test_what_is_frozen_stays_and_costs_no_state(recipe: str) -> None:
     assert blocks == wanted.get(recipe, set())
     if recipe == "peterrec":
         assert {n.split(".")[3] for n in moved} == {"norm2"}
+    apart = {
+        n.split(".")[2]
+        for n, v in model.items()
+        if ".copies." in n and not torch.equal(v, model[n.replace("copies", "blocks")])
+    }
+    assert apart == ({"0", "1"} if recipe.startswith("uaf") else set())
+    zero_at_first = [v for n, v in model.items() if n.endswith((".up.weight", "policy.head.weight"))]
+    assert len(zero_at_first) == {"peterrec": 4, "uaf_hard": 1, "uaf_soft": 1, "uaf_rl": 1}.get(recipe, 0)
+    assert all(v.any() for v in zero_at_first)
     items = "tables.source_item.weights"
     assert torch.equal(before[items], after[items]) == (
         recipe in ("finetune_cls", "finetune_last1", "finetune_last2", "peterrec")
@@ -250,6 +259,39 @@ def test_what_is_frozen_stays_and_costs_no_state(recipe: str) -> None:
     state = [v for n, v in after.items() if n.startswith("dense.optimisers.model") and n.endswith("exp_avg")]
     assert sum(v.numel() for v in state) <= trained + 16 * len(model)
     assert bool(state) == (recipe != "finetune_cls")
+
+
+@pytest.mark.parametrize("recipe", ["finetune_last1", "peterrec", "uaf_hard"])
+def test_a_step_moves_what_is_trained_and_leaves_no_gradient_elsewhere(recipe: str) -> None:
+    ((trained, gradients, moved),) = on_workers(1, _one_step, given(scratch() / "x", recipe))
+    assert gradients == trained
+    assert moved <= trained
+    kinds = {"finetune_last1": {"blocks"}, "peterrec": {"blocks", "adapters1", "adapters2"}}
+    assert {n.split(".")[1] for n in moved} == kinds.get(recipe, {"copies", "policy"})
+
+
+def _one_step(rank: int, found: list[str]) -> tuple[set[str], set[str], set[str]]:
+    """Names of parameters: those to be trained, those with gradients, those that a step moved."""
+    config = from_words(found)
+    (phase,) = phases_of(config)
+    session = Session(config, config.data, phase.cycle)
+    phase.cycle[0].bind(session)
+    before = {n: p.detach().clone() for n, p in session.model.named_parameters()}
+    phase.cycle[0].run(False)
+    after = dict(session.model.named_parameters())
+    session.close()
+    gradients = {n for n, p in after.items() if p.grad is not None}
+    return set(session.model.trained(False)[0]), gradients, {n for n, p in before.items() if not p.equal(after[n])}
+
+
+def test_copies_begin_as_the_pre_trained_blocks(tmp_path: Path) -> None:
+    more = ["trainer.max_steps=1", "dense.lr=1e-9", f"warm_start.run={pretrained()}"]
+    train(given(tmp_path / "run", "uaf_hard", *more))
+    before, after = tensors(pretrained()), tensors(tmp_path / "run")
+    blocks = [n for n in before if n.startswith("dense.modules.model.encoder.blocks.")]
+    assert len(blocks) == 16
+    for name in blocks:
+        assert torch.allclose(after[name.replace("blocks", "copies")], before[name], rtol=0, atol=1e-7), name
 
 
 def test_equal_weights_are_joint_training() -> None:
@@ -321,6 +363,24 @@ def test_a_parameter_that_the_pre_trained_run_lacks_is_named(tmp_path: Path, mon
     monkeypatch.setattr(Encoder, "pretrained", lambda self: ["blocks.0.new"])
     with pytest.raises(UserError, match=r"checkpoints/step-\d+: does not fit: has no parameter encoder.blocks.0.new"):
         train(given(tmp_path, "finetune_all", f"warm_start.run={pretrained()}"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "model", "batch"),
+    [
+        ("uaf_as_paper", {"loss": "bpr", "pooling": "last", "bias": True}, (2 * 256, 256)),
+        ("uaf_as_released", {"loss": "bce", "pooling": "mean", "bias": False}, (2 * 128, 128)),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["pretrain", "uaf_hard", "peterrec"])
+def test_a_preset_says_what_its_source_does(
+    preset: str, model: dict[str, object], batch: tuple[int, int], recipe: str
+) -> None:
+    config = from_words(["data=x", f"recipe={recipe}", "model=nextitnet", f"preset={preset}"])
+    found = {name: config.model[name] for name in ("dilations", *model)}
+    assert found == {"dilations": [1, 4] * 4} | model
+    assert (config.batch.size, config.batch.sequences) == batch
+    assert (config.tables.width, config.dense.lr) == (128, 1e-4)
 
 
 def test_data_without_sequences_say_how_to_prepare_them(tmp_path: Path) -> None:
