@@ -13,8 +13,10 @@ from cdr_dist.bilevel.options import HypergradientOptions
 from cdr_dist.bilevel.perceptron import PerceptronInput, normalised
 from cdr_dist.configuration import from_words
 from cdr_dist.data.batch import _with_more
+from cdr_dist.data.candidates import Candidates
 from cdr_dist.models.dasl import DASL
 from cdr_dist.models.minet import MiNet
+from cdr_dist.models.nextitnet import NextItNet
 from cdr_dist.models.pairs import pair_scorer
 from cdr_dist.training.launch import alone
 from cdr_dist.training.session import Session
@@ -29,6 +31,7 @@ MODELS = {
     "dasl": ["model=dasl", "model.hidden=[8]", "model.memory=8", "model.recent=4"],
 }
 both = pytest.mark.parametrize("name", list(MODELS))
+weighed = pytest.mark.parametrize("name", [*MODELS, "nextitnet_mtl"])
 
 ITEM_FEATURES = ("target_item", "target_category")
 
@@ -38,6 +41,8 @@ def small(name, width):
     torch.manual_seed(3)
     if name == "minet":
         model = MiNet(width, hidden=(6, 4), attention=5, rank=2).double()
+    elif name == "nextitnet_mtl":
+        model = NextItNet(width, source=True, dilations=(1, 2), loss="bce", categories=True).double()
     else:
         model = DASL(width, hidden=(6,), memory=5, recent=3).double()
     for p in model.parameters():
@@ -111,22 +116,25 @@ def tensor(values):
 
 
 def problem_of(name):
-    """A random problem with a table more, source_user, and the model over it."""
+    """A random problem with tables more, source_user and source_output, and the model over it."""
     problem = make(rows=60, batch=24, history=4)
     problem.tables["source_user"] = problem.tables["user"].detach().flip(0).requires_grad_()
+    problem.tables["source_output"] = problem.tables["source_item"].detach().flip(0).requires_grad_()
     return problem, small(name, problem.tables["user"].shape[1])
 
 
 def with_features(batch, model):
     """A batch with what the model reads besides the rows' own features."""
     more = {f"{d}_history_{p}": getattr(of, p) for d, of in batch.histories.items() for p in ("item", "category")}
-    more["source_user"] = batch.user
+    candidates = torch.arange(2, 40)
+    more |= {"source_user": batch.user, "source_next": batch.source_item, "source_softmax": candidates}
+    batch.candidates = {"source": Candidates(candidates, torch.linspace(-1, 1, len(candidates)))}
     batch.train = _with_more(batch.train, {f: (ids, None) for f, ids in more.items() if f in model.spec().features})
     batch.source_before = batch.histories["source"].lengths // 2
     return batch
 
 
-@both
+@weighed
 @pytest.mark.parametrize("precondition", ["none", "block"])
 def test_the_upper_step_on_two_workers_equals_one(name, precondition):
     ((one, norms),) = on_workers(1, upper, 1, name, precondition)
@@ -136,7 +144,7 @@ def test_the_upper_step_on_two_workers_equals_one(name, precondition):
             torch.testing.assert_close(tensor(value), tensor(one[phi]), rtol=1e-8, atol=1e-12)
 
 
-@both
+@weighed
 def test_the_upper_step_equals_dense_tables(name):
     """Histories' rows are part of theta: all tables whole, one graph, no lookup of ours."""
     problem, model = problem_of(name)
@@ -144,19 +152,23 @@ def test_the_upper_step_equals_dense_tables(name):
     tables = {key: t.detach().float().double().requires_grad_() for key, t in problem.tables.items()}
     train_batch, dev_batch = (with_features(part_of(b, 0, 1), model) for b in problem.batches[:2])
 
+    def rows(table, ids):
+        return tables[table][ids] * (ids != 0).unsqueeze(1)
+
     def embedded(batch):
         spec = model.spec().features
         return {
-            f: tables[spec[f]][ids] * (ids != 0).unsqueeze(1)
+            f: rows(spec[f], ids)
             for f, ids in zip(batch.train.keys(), batch.train.values().split(batch.train.length_per_key()), strict=True)
+            if f in spec
         }
 
     seen = embedded(train_batch)
     given = PerceptronInput(
         item=torch.cat([seen["source_item"], seen["source_category"]], 1).detach(),
         history={
-            d: torch.cat([seen[f"{d}_history_item"], seen[f"{d}_history_category"]], 1).detach()
-            for d in ("source", "target")
+            d: torch.cat([rows(f"{d}_item", of.item), rows(f"{d}_category", of.category)], 1).detach()
+            for d, of in train_batch.histories.items()
         },
         position={d: of.position for d, of in train_batch.histories.items()},
         lengths={d: of.lengths for d, of in train_batch.histories.items()},
