@@ -101,5 +101,9 @@ class ReadAhead:
 def _end() -> None:
     retries.end()
     until = time.monotonic() + JOINED_S
-    while _fetching and (left := until - time.monotonic()) > 0:  # one may be starting another
-        next(iter(_fetching.copy())).join(left)
+    while (threads := list(_fetching)) and time.monotonic() < until:  # one may be starting another
+        for thread in threads:
+            if thread.ident is None:  # not started yet
+                time.sleep(0.001)
+            else:
+                thread.join(max(0.0, until - time.monotonic()))
