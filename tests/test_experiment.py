@@ -111,7 +111,18 @@ def test_every_file_of_experiments_is_made_of_words_that_jobs_train_takes(name):
         from_words(plan.words)
     for method in found.methods if found.search else ():
         for words in ends(found.search, method):
-            from_words([f"recipe={method}", *words])
+            from_words([*found.methods[method], *words])
+
+
+def test_a_search_like_another_ones_is_searched_by_the_methods_that_it_names():
+    """Of table 1's, what the interval's curve is drawn over is left out, and a method that is not there is not named."""
+    theirs, ours = load("table1").search, load("figure5").search
+    assert ours.space == theirs.space
+    assert set(searched(theirs, "biao")) == set(theirs.space)
+    assert set(searched(ours, "interval_20")) == set(theirs.space) - {"upper.interval"}
+    assert set(searched(ours, "joint")) == set(searched(theirs, "joint")) > {"upper.gamma0"}
+    assert searched(load("table2").search, "without_user") == searched(theirs, "biao")
+    assert load("table5").search == theirs
 
 
 MISTAKES = {

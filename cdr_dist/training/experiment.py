@@ -50,7 +50,8 @@ class Experiment:
     """configs/experiment/NAME.yaml. Every dimension: label -> words of jobs/train.py.
 
     With `like: OTHER` a file adds to another one's: methods, starts and common words are joined, its own settings win;
-    title, paper and search are not taken over. `only: [METHOD, …]` then keeps these methods.
+    title, paper and search are not taken over. `only: [METHOD, …]` then keeps these methods. `search: {like: OTHER}` is
+    another one's search, where its own settings win, pattern by pattern in `search.only`.
     """
 
     name: str
@@ -143,7 +144,7 @@ def load(name: str) -> Experiment:
         only = raw.pop("only", [])
         raw["models"] = _models(raw.get("models", {}))
         raw["data"] = {label: _data_words(given) for label, given in raw.get("data", {}).items()}
-        raw["search"] = Search(**raw["search"]) if raw.get("search") else None
+        raw["search"] = _search(path, raw["search"], raw["methods"]) if raw.get("search") else None
         return _with_methods(Experiment(name=name, **raw), only)
     except TypeError as error:
         raise UserError(f"{path}: {str(error).split('__init__() ')[-1]}") from error
@@ -157,6 +158,15 @@ def _raw(path: Path) -> dict[str, Any]:
     other = {key: v for key, v in _raw(FOLDER / f"{like}.yaml").items() if key not in ("title", "paper", "search")}
     joined: dict[str, Any] = {key: other.get(key, {}) | own.get(key, {}) for key in ("methods", "starts")}
     return other | own | joined | {"common": [*other.get("common", []), *own.get("common", [])]}
+
+
+def _search(path: Path, own: dict[str, Any], methods: Mapping[str, Any]) -> Search:
+    if like := own.pop("like", ""):
+        _known(f"{path}: search.like", like, names())
+        other = _raw(FOLDER / f"{like}.yaml")["search"]
+        theirs = {pattern: [m for m in of if m in methods] for pattern, of in other.get("only", {}).items()}
+        own = other | own | {"only": theirs | own.get("only", {})}
+    return Search(**own)
 
 
 def names() -> list[str]:
