@@ -299,16 +299,16 @@ KEYS = {
 
 @pytest.mark.soak
 def test_every_suite_runs_quickly(capsys, tmp_path):
-    bench.main(["--quick", "--json", str(tmp_path / "lines")])
+    bench.main([*bench.SUITES, *bench.ON_A_GPU, "--quick", "--json", str(tmp_path / "lines")])
     found = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")] == found
-    assert {one["suite"] for one in found} == set(bench.SUITES)
+    assert {one["suite"] for one in found} == {*bench.SUITES, *bench.ON_A_GPU}
     assert all(one.keys() == KEYS for one in found)
     assert all(one["seconds"] > 0 and one["ratio"] > 0 and one["peak_rss_gb"] > 0.05 for one in found)
     shares = {(one["suite"], one["case"]): one["roofline_share"] for one in found}
-    assert {suite for (suite, _), share in shares.items() if share is None} == {"stall", "start"}
+    assert {suite for (suite, _), share in shares.items() if share is None} == {"stall", "start", "device"}
     assert not [case for case, share in shares.items() if share is not None and not 0 < share <= 1.5]
-    assert all(share is None for (suite, _), share in shares.items() if suite in ("stall", "start"))
+    assert all(share is None for (suite, _), share in shares.items() if suite in ("stall", "start", "device"))
 
 
 def test_the_plain_loop_of_products_finds_what_full_ranking_finds(held):

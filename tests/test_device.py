@@ -12,7 +12,7 @@ from cdr_dist.bilevel.options import HypergradientOptions
 from cdr_dist.embeddings.exchange import RowExchange
 from cdr_dist.embeddings.tables import ShardedTables
 from cdr_dist.training import weighting
-from tests.datasets import rated
+from tests.datasets import rated, sequenced
 from tests.pretended import DEVICE, Pretended, held, moved, pretending
 from tests.problem import make, modules, part_of, replaced
 from tests.runs import summary, train, words
@@ -97,15 +97,52 @@ def test_what_cuda_refuses_is_refused_here():
 # ---- with a GPU -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("recipe", ["joint", "biao", "oracle"])
-@pytest.mark.parametrize("more", [[], ["hypergradient.precondition=block", "evaluation.full_ks=[10]"]])
-def test_a_run_on_a_gpu(recipe, more, tmp_path):
+RATED = ["upper.interval=4", "evaluation.every=10"]
+ON_RATED = {
+    **{name: [f"recipe={name}"] for name in ("target_only", "joint", "gradient_cosine", "oracle", "source_features")},
+    **{f"biao of {name}": ["recipe=biao", f"model={name}"] for name in ("conet", "sconet", "minet", "dasl")},
+    "block": ["recipe=biao", "hypergradient.precondition=block", "evaluation.full_ks=[10]"],
+    "local": ["recipe=biao", "hypergradient.mode=local"],
+    "of users": ["recipe=biao", "hypergradient.theta=[user]"],
+}
+SEQUENTIAL = [
+    "model=nextitnet",
+    "model.dilations=[1,4]",
+    "tables.width=8",
+    "batch.size=32",
+    "batch.sequences=24",
+    "batch.history_length=8",
+    "softmax.negatives=12",
+    "evaluation.full_ks=[5]",
+    "evaluation.metric=full_mrr@5",
+]
+ON_SEQUENCES = {
+    "full softmax": ["recipe=pretrain", "softmax.negatives=0"],
+    "gru": ["recipe=uaf", "recipe.transfer.policy=gru"],
+    "biao": ["recipe=biao", "model=nextitnet_mtl", "upper.interval=4"],
+    **{name: [f"recipe={name}"] for name in ("pretrain", "uaf", "mtl")},
+}
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def as_good_as_on_the_cpu(dataset, folder, *given):
     """It trains, validates, writes a checkpoint, goes on from it, and is as good as on the CPU."""
-    given = [f"recipe={recipe}", "upper.interval=4", "evaluation.every=10", *more]
     found = {}
     for device in ("cpu", "cuda"):
         for steps in (10, 20):
-            train(words(rated(), tmp_path / device, *given, f"trainer.device={device}", f"trainer.max_steps={steps}"))
-        found[device] = summary(tmp_path / device)["metrics"]["test"]
+            more = [*given, f"trainer.device={device}", f"trainer.max_steps={steps}"]
+            train(words(dataset, folder / device, *more))
+        found[device] = summary(folder / device)["metrics"]["test"]
     assert found["cuda"] == pytest.approx(found["cpu"], abs=0.02, nan_ok=True)
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("given", [pytest.param(given, id=name) for name, given in ON_RATED.items()])
+def test_a_run_on_a_gpu(given, tmp_path):
+    as_good_as_on_the_cpu(rated(), tmp_path, *RATED, *given)
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("given", [pytest.param(given, id=name) for name, given in ON_SEQUENCES.items()])
+def test_a_sequential_run_on_a_gpu(given, tmp_path):
+    as_good_as_on_the_cpu(sequenced(), tmp_path, *SEQUENTIAL, *given)

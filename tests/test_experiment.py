@@ -115,7 +115,7 @@ def test_every_file_of_experiments_is_made_of_words_that_jobs_train_takes(name):
 
 
 def test_a_search_like_another_ones_is_searched_by_the_methods_that_it_names():
-    """Of table 1's, what the interval's curve is drawn over is left out, and a method that is not there is not named."""
+    """What figure 5 is drawn over is left out of table 1's, and so are methods that are not there."""
     theirs, ours = load("table1").search, load("figure5").search
     assert ours.space == theirs.space
     assert set(searched(theirs, "biao")) == set(theirs.space)

@@ -5,6 +5,7 @@
     python tools/bench.py perceptron data=DATASET  # a dataset's own rows (suites perceptron and overhead)
     python tools/bench.py --quick                  # tiny sizes, to see that everything runs
     python tools/bench.py stream --json FILE       # the lines to a file as well
+    python tools/bench.py device                   # on a GPU, against all cores beside it
 
 One JSON line a case: seconds and baseline_seconds (medians, a unit of work; ours and the baseline take turns), ratio
 (the baseline's time over ours), peak_rss_gb (of a process of the case's own), roofline_share. Then a table. One thread
@@ -54,6 +55,8 @@ SUITES = (
     "pretrain",
 )
 """Each is a file bench_NAME.py beside this one; `cases(quick, data)` names its cases."""
+ON_A_GPU = ("device",)
+"""Likewise, and run only where they are named."""
 
 
 def cases(suite: str, quick: bool, data: str) -> dict[str, Build]:
@@ -123,10 +126,10 @@ def main(words: list[str]) -> None:
     for word in words:
         if word.startswith("data="):
             data = word.removeprefix("data=")
-        elif word in SUITES:
+        elif word in (*SUITES, *ON_A_GPU):
             names.append(word)
         elif word != "--quick":
-            raise UserError(f"{word}: unknown suite; {nearest(word, list(SUITES))}")
+            raise UserError(f"{word}: unknown suite; {nearest(word, [*SUITES, *ON_A_GPU])}")
     found = run(names or SUITES, quick, data)
     if lines is not None:
         lines.write_text("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in found))

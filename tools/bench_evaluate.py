@@ -63,7 +63,7 @@ def case(quick: bool, batch: int, held: ExitStack) -> Case:
 def ranking_case(quick: bool, ks: tuple[int, ...], share: float, data: str, held: ExitStack) -> Case:
     """CoNet after three epochs on a dataset, or on behaviours whose popularity follows Zipf's law."""
     users, items = (60, 40) if quick else (round(share * USERS), ITEMS)
-    folder = data or _generated(f"{scratch(held)}/data", users, items)
+    folder = data or generated(f"{scratch(held)}/data", users, items)
     training = Training(held, folder, ["recipe=joint", "batch.size=2048", "tables.width=12"])
     training.steps(3 * training.session.lower.steps_per_epoch)
     manifest = training.session.manifest
@@ -77,7 +77,7 @@ def ranking_case(quick: bool, ks: tuple[int, ...], share: float, data: str, held
 def product_case(quick: bool, k: int, held: ExitStack) -> Case:
     """Matrix factorisation of width 128 as it starts, so that few positives are hit."""
     users, items, width = (60, 40, 8) if quick else (PRODUCT_USERS, PRODUCT_ITEMS, 128)
-    folder = _generated(f"{scratch(held)}/data", users, items)
+    folder = generated(f"{scratch(held)}/data", users, items)
     words = ["model=mf", "recipe=target_only", f"tables.width={width}", "evaluation.batch_size=16384"]
     session = Training(held, folder, words).session
     ours = partial(full_ranking, session, "test", (k,))
@@ -121,7 +121,7 @@ class Plain:
         return {f"full_{name}@{k}": float(gain.mean()) for name, gain in gains.items()}
 
 
-def _generated(folder: str, users: int, items: int) -> str:
+def generated(folder: str, users: int, items: int) -> str:
     """With a test row of nearly every user."""
     generate(
         GenerateOptions(
