@@ -50,11 +50,12 @@ def small(name, width):
     return model
 
 
-@both
+@pytest.mark.parametrize("name", [*MODELS, "sconet"])
 @pytest.mark.parametrize("recipe", ["target_only", "source_features", "joint", "biao"])
 def test_it_trains_with_every_recipe_on_any_number_of_workers(name, recipe, tmp_path):
+    model = MODELS.get(name, [f"model={name}"])
     for workers in (1, 2):
-        train(words(rated(), tmp_path / f"{workers}", *MODELS[name], f"recipe={recipe}"), workers)
+        train(words(rated(), tmp_path / f"{workers}", *model, f"recipe={recipe}"), workers)
     one, two = (summary(tmp_path / f"{workers}")["metrics"]["valid"] for workers in (1, 2))
     assert one["auc"] == pytest.approx(two["auc"], abs=1e-3)
     assert one["auc"] != 0.5

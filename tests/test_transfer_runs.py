@@ -284,10 +284,11 @@ def _one_step(rank: int, found: list[str]) -> tuple[set[str], set[str], set[str]
     return set(session.model.trained(False)[0]), gradients, {n for n, p in before.items() if not p.equal(after[n])}
 
 
-def test_copies_begin_as_the_pre_trained_blocks(tmp_path: Path) -> None:
-    more = ["trainer.max_steps=1", "dense.lr=1e-9", f"warm_start.run={pretrained()}"]
+@pytest.mark.parametrize("start", [["pretrain", 1], ["mtl", 1, "model=nextitnet_mtl"]])
+def test_copies_begin_as_the_blocks_of_the_run_that_they_start_from(start: list[str], tmp_path: Path) -> None:
+    more = ["trainer.max_steps=1", "dense.lr=1e-9", f"warm_start.run={finished(*start)}"]
     train(given(tmp_path / "run", "uaf_hard", *more))
-    before, after = tensors(pretrained()), tensors(tmp_path / "run")
+    before, after = tensors(finished(*start)), tensors(tmp_path / "run")
     blocks = [n for n in before if n.startswith("dense.modules.model.encoder.blocks.")]
     assert len(blocks) == 16
     for name in blocks:
