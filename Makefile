@@ -24,7 +24,7 @@ mutants: setup
 soak: setup
 	@CDR_HISTORIES=10000 CDR_DAMAGED=200 $(python) -m pytest -q -n 2 --dist worksteal -m "soak or not soak" -o timeout=7200 -s \
 		tests/test_soak.py tests/test_histories.py tests/test_damaged_inputs.py tests/test_crashes.py tests/test_forget.py tests/test_ray_job.py \
-		tests/test_nightly.py tests/test_bench.py
+		tests/test_ray_submit.py tests/test_nightly.py tests/test_bench.py
 lock: setup
 	@tools/lock.sh
 audit: setup

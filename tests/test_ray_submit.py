@@ -1,4 +1,4 @@
-"""`ray job submit` to a running head with tokens on: data and runs on S3, a job stopped and gone on with."""
+"""`ray job submit` to a running head with tokens on: runs on S3; in a soak a whole life, with a job that is stopped."""
 
 from __future__ import annotations
 
@@ -154,6 +154,24 @@ def head(proxy, tmp_path_factory):
         yield started
 
 
+def test_a_submitted_job_gives_the_bits_of_two_local_workers(head, store, tmp_path):
+    run = "s3://bucket/submitted/once"
+    asked = [*words(datasets.rated(), run, *MORE), *QUICK_WORDS, "trainer.workers=2"]
+    with head.watched(["ray_cdr_dist_step", 'name="target_loss"']) as seen:
+        _, said = head.submit("once", "jobs/train.py", *asked)
+    assert f'run="{run}"' in seen["ray_cdr_dist_step"]
+    assert 'split="train"' in seen['name="target_loss"']
+    assert said[-1].startswith("biao: test AUC 0."), said
+    assert all(line.startswith("biao seed 8  step ") for line in said[:-1]), said
+    undisturbed = tmp_path / "undisturbed"
+    train(words(datasets.rated(), undisturbed, *MORE), 2)
+    found = json.loads(storage.read_bytes(f"{run}/summary.json"))
+    for name in ("parameters_sha256", "metrics", "best", "steps"):
+        assert found[name] == summary(undisturbed)[name], name
+    assert written_lines(run) == lines(undisturbed, "upper", "valid")
+
+
+@pytest.mark.soak
 def test_jobs_of_a_whole_life_end_well_and_one_that_is_stopped_goes_on(head, store, tmp_path):
     logs, base = planted_logs(datasets.SHAPE), "s3://bucket/submitted"
     for role in ("source", "target"):
@@ -181,12 +199,8 @@ def test_jobs_of_a_whole_life_end_well_and_one_that_is_stopped_goes_on(head, sto
     kept = step_of(run)
     assert kept >= reached
 
-    with head.watched(["ray_cdr_dist_step", 'name="target_loss"']) as seen:
-        _, said = head.submit("train-2", "jobs/train.py", *asked)
-    assert f'run="{run}"' in seen["ray_cdr_dist_step"]
-    assert 'split="train"' in seen['name="target_loss"']
+    _, said = head.submit("train-2", "jobs/train.py", *asked)
     assert said[-1].startswith("biao: test AUC 0."), said
-    assert all(line.startswith("biao seed 8  step ") for line in said[:-1]), said
     shown = [int(line.split()[4]) for line in said[:-1]]
     assert min(shown) >= kept, "it goes on where it was stopped, if need be with that step's validation"
     undisturbed = tmp_path / "undisturbed"
@@ -195,6 +209,9 @@ def test_jobs_of_a_whole_life_end_well_and_one_that_is_stopped_goes_on(head, sto
     for name in ("parameters_sha256", "metrics", "best", "steps"):
         assert found[name] == summary(undisturbed)[name], name
     assert written_lines(run) == lines(undisturbed, "upper", "valid")
+
+    _, said = head.submit("evaluate", "jobs/evaluate.py", f"run={run}")
+    assert json.loads("".join(said))["metrics"] == found["metrics"]["test"]
 
     _, said = head.submit("recommend", "jobs/recommend.py", f"run={run}", "top=5", f"out={base}/top5", "workers=2")
     assert said[0].startswith(f"{base}/top5: up to 5 items for 300 users"), said

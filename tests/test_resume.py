@@ -332,12 +332,12 @@ def at_step(step, do):
 def test_the_job_stopped_then_killed_ends_with_the_same_bits(tmp_path):
     """The real thing: jobs/train.py, Ctrl-C, again, SIGTERM, again, SIGKILL, again."""
     run = tmp_path / "run"
-    more = ("trainer.max_steps=300", "trainer.epochs=20", "evaluation.patience=0")
+    more = ("trainer.max_steps=200", "trainer.epochs=20", "evaluation.patience=0")
     given = [*words(rated(), run, "recipe=biao", *more), "trainer.checkpoint_every=10"]
     assert ended_at(10, given, run, signal.SIGINT) == 130
     assert ended_at(steps_of(run) + 20, given, run, signal.SIGTERM) == 143
     assert ended_at(steps_of(run) + 40, given, run, signal.SIGKILL) == -signal.SIGKILL
-    assert 60 <= steps_of(run) < 300
+    assert 60 <= steps_of(run) < 200
     train(given)
     same_run(uninterrupted("biao", 1, *more), run)
 
