@@ -35,6 +35,20 @@ SMALL = [
     "trainer.max_steps=40",
 ]
 """19 steps an epoch of datasets.rated(); the last one is short."""
+SEQUENTIAL = (
+    "model=nextitnet",
+    "model.dilations=[1,4]",
+    "tables.width=8",
+    "batch.size=32",
+    "batch.sequences=24",
+    "batch.history_length=8",
+    "softmax.negatives=12",
+    "trainer.epochs=1",
+    "trainer.max_steps=0",
+    "evaluation.full_ks=[5]",
+    "evaluation.metric=full_mrr@5",
+)
+"""A small encoder on datasets.sequenced()."""
 KILLED = "killed"
 
 

@@ -15,7 +15,7 @@ from cdr_dist.training import weighting
 from tests.datasets import rated, sequenced
 from tests.pretended import DEVICE, Pretended, held, moved, pretending
 from tests.problem import make, modules, part_of, replaced
-from tests.runs import summary, train, words
+from tests.runs import SEQUENTIAL, summary, train, words
 
 CPU = torch.device("cpu")
 
@@ -105,17 +105,6 @@ ON_RATED = {
     "local": ["recipe=biao", "hypergradient.mode=local"],
     "of users": ["recipe=biao", "hypergradient.theta=[user]"],
 }
-SEQUENTIAL = [
-    "model=nextitnet",
-    "model.dilations=[1,4]",
-    "tables.width=8",
-    "batch.size=32",
-    "batch.sequences=24",
-    "batch.history_length=8",
-    "softmax.negatives=12",
-    "evaluation.full_ks=[5]",
-    "evaluation.metric=full_mrr@5",
-]
 ON_SEQUENCES = {
     "full softmax": ["recipe=pretrain", "softmax.negatives=0"],
     "gru": ["recipe=uaf", "recipe.transfer.policy=gru"],

@@ -163,12 +163,7 @@ def test_a_submitted_job_gives_the_bits_of_two_local_workers(head, store, tmp_pa
     assert 'split="train"' in seen['name="target_loss"']
     assert said[-1].startswith("biao: test AUC 0."), said
     assert all(line.startswith("biao seed 8  step ") for line in said[:-1]), said
-    undisturbed = tmp_path / "undisturbed"
-    train(words(datasets.rated(), undisturbed, *MORE), 2)
-    found = json.loads(storage.read_bytes(f"{run}/summary.json"))
-    for name in ("parameters_sha256", "metrics", "best", "steps"):
-        assert found[name] == summary(undisturbed)[name], name
-    assert written_lines(run) == lines(undisturbed, "upper", "valid")
+    as_two_local_workers(run, tmp_path)
 
 
 @pytest.mark.soak
@@ -203,12 +198,7 @@ def test_jobs_of_a_whole_life_end_well_and_one_that_is_stopped_goes_on(head, sto
     assert said[-1].startswith("biao: test AUC 0."), said
     shown = [int(line.split()[4]) for line in said[:-1]]
     assert min(shown) >= kept, "it goes on where it was stopped, if need be with that step's validation"
-    undisturbed = tmp_path / "undisturbed"
-    train(words(datasets.rated(), undisturbed, *MORE), 2)
-    found = json.loads(storage.read_bytes(f"{run}/summary.json"))
-    for name in ("parameters_sha256", "metrics", "best", "steps"):
-        assert found[name] == summary(undisturbed)[name], name
-    assert written_lines(run) == lines(undisturbed, "upper", "valid")
+    found = as_two_local_workers(run, tmp_path)
 
     _, said = head.submit("evaluate", "jobs/evaluate.py", f"run={run}")
     assert json.loads("".join(said))["metrics"] == found["metrics"]["test"]
@@ -264,6 +254,17 @@ def test_a_wrong_token_and_a_cluster_that_is_not_there_are_one_line(head, tmp_pa
         assert line.startswith(f"{job}: RAY_ADDRESS=127.0.0.1:{port}: {message}"), line
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "prepared").exists()
+
+
+def as_two_local_workers(run, folder):
+    """Trains the same undisturbed and compares -> the run's summary."""
+    undisturbed = folder / "undisturbed"
+    train(words(datasets.rated(), undisturbed, *MORE), 2)
+    found = json.loads(storage.read_bytes(f"{run}/summary.json"))
+    for name in ("parameters_sha256", "metrics", "best", "steps"):
+        assert found[name] == summary(undisturbed)[name], name
+    assert written_lines(run) == lines(undisturbed, "upper", "valid")
+    return found
 
 
 def preparing(folder):

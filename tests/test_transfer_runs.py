@@ -32,7 +32,7 @@ from cdr_dist.training.worker import phases_of
 from tests.datasets import copied, edited, rated, scratch, sequenced
 from tests.problem import replaced
 from tests.processes import on_workers
-from tests.runs import KILLED, distances, lines, newest, same_run, steps_of, summary, tensors, train, words
+from tests.runs import KILLED, SEQUENTIAL, distances, lines, newest, same_run, steps_of, summary, tensors, train, words
 
 FINE_TUNED = (
     "finetune_cls",
@@ -44,19 +44,6 @@ FINE_TUNED = (
     "uaf_soft",
     "uaf_rl",
     "uaf_random",
-)
-SEQUENTIAL = (
-    "model=nextitnet",
-    "model.dilations=[1,4]",
-    "tables.width=8",
-    "batch.size=32",
-    "batch.sequences=24",
-    "batch.history_length=8",
-    "softmax.negatives=12",
-    "trainer.epochs=1",
-    "trainer.max_steps=0",
-    "evaluation.full_ks=[5]",
-    "evaluation.metric=full_mrr@5",
 )
 
 
