@@ -19,7 +19,7 @@ from cdr_dist.training import checkpoint
 from tests.storage_model import Kept, Shape, states
 from tests.storage_world import Crash, Disk, World, damage
 
-HISTORIES = int(os.environ.get("CDR_HISTORIES", "100"))
+HISTORIES = int(os.environ.get("CDR_HISTORIES", "60"))
 SEED = int(os.environ.get("CDR_SEED", "8"))
 SHRINK = os.environ.get("CDR_SHRINK", "1") != "0"
 """Whether a history that fails is made short; `make mutants` only asks whether one does."""
