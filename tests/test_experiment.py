@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from cdr_dist.configuration import from_words
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.errors import UserError
 from cdr_dist.training import experiment_job, experiment_runs
-from cdr_dist.training.experiment import Cell, Experiment, Plan, Search, chosen, load, names, plans
+from cdr_dist.training.experiment import Cell, Experiment, Plan, Search, _search, chosen, load, names, plans
 from cdr_dist.training.experiment_runs import Ended, Outcome, Processes, Room, parallel_of, run_all
 from cdr_dist.training.memory import need
 from cdr_dist.training.search import JOURNAL, ends, search_all, searched
@@ -124,6 +125,10 @@ def test_a_search_like_another_ones_is_searched_by_the_methods_that_it_names():
     assert set(searched(ours, "joint")) == set(searched(theirs, "joint")) > {"upper.gamma0"}
     assert searched(load("table2").search, "without_user") == searched(theirs, "biao")
     assert load("table5").search == theirs
+    again = _search(Path("mine.yaml"), {"like": "figure5", "budget": 2}, {"joint": []})
+    assert (again["space"], again["only"]["upper.gamma0"], again["budget"]) == (theirs.space, ["joint"], 2)
+    with pytest.raises(UserError, match=r"mine\.yaml: search\.like: demo has no search of its own"):
+        _search(Path("mine.yaml"), {"like": "demo"}, {})
 
 
 MISTAKES = {

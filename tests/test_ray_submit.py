@@ -196,6 +196,7 @@ def test_jobs_of_a_whole_life_end_well_and_one_that_is_stopped_goes_on(head, sto
 
     _, said = head.submit("train-2", "jobs/train.py", *asked)
     assert said[-1].startswith("biao: test AUC 0."), said
+    assert all(line.startswith("biao seed 8  step ") for line in said[:-1]), said
     shown = [int(line.split()[4]) for line in said[:-1]]
     assert min(shown) >= kept, "it goes on where it was stopped, if need be with that step's validation"
     found = as_two_local_workers(run, tmp_path)

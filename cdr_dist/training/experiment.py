@@ -144,7 +144,7 @@ def load(name: str) -> Experiment:
         only = raw.pop("only", [])
         raw["models"] = _models(raw.get("models", {}))
         raw["data"] = {label: _data_words(given) for label, given in raw.get("data", {}).items()}
-        raw["search"] = _search(path, raw["search"], raw["methods"]) if raw.get("search") else None
+        raw["search"] = Search(**_search(path, raw["search"], raw["methods"])) if raw.get("search") else None
         return _with_methods(Experiment(name=name, **raw), only)
     except TypeError as error:
         raise UserError(f"{path}: {str(error).split('__init__() ')[-1]}") from error
@@ -160,13 +160,17 @@ def _raw(path: Path) -> dict[str, Any]:
     return other | own | joined | {"common": [*other.get("common", []), *own.get("common", [])]}
 
 
-def _search(path: Path, own: dict[str, Any], methods: Mapping[str, Any]) -> Search:
-    if like := own.pop("like", ""):
-        _known(f"{path}: search.like", like, names())
-        other = _raw(FOLDER / f"{like}.yaml")["search"]
-        theirs = {pattern: [m for m in of if m in methods] for pattern, of in other.get("only", {}).items()}
-        own = other | own | {"only": theirs | own.get("only", {})}
-    return Search(**own)
+def _search(path: Path, own: dict[str, Any], methods: Mapping[str, Any]) -> dict[str, Any]:
+    own = dict(own)
+    if not (like := own.pop("like", "")):
+        return own
+    _known(f"{path}: search.like", like, names())
+    there = FOLDER / f"{like}.yaml"
+    if not (theirs := _raw(there).get("search")):
+        raise UserError(f"{path}: search.like: {like} has no search of its own")
+    other = _search(there, theirs, methods)
+    only = {pattern: [m for m in of if m in methods] for pattern, of in other.get("only", {}).items()}
+    return other | own | {"only": only | own.get("only", {})}
 
 
 def names() -> list[str]:
