@@ -6,9 +6,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from cdr_dist.bilevel.options import PerceptronOptions
 from cdr_dist.bilevel.perceptron import BehaviouralPerceptron, PerceptronInput
+from cdr_dist.configuration import from_words
 from cdr_dist.data.hold_out import Split
 from cdr_dist.data.stored_rows import StoredRows
 from cdr_dist.data.stream import Block, Place, Rows
@@ -65,6 +67,42 @@ def test_at_first_all_behaviours_weigh_alike(parts, normalisation):
         torch.testing.assert_close(weights.sum(), made.gamma)
     else:
         torch.testing.assert_close(weights[0], made.gamma / 4)
+
+
+def test_at_random_behaviours_weigh_differently_and_gamma_is_the_same():
+    made = BehaviouralPerceptron(WIDTH, PerceptronOptions(start="random", gamma_initial=2.0))
+    initialise_dense(made, 8, "perceptron.")
+    weights = made.weights(made(seen()), torch.ones(4, dtype=torch.bool), 4)
+    torch.testing.assert_close(weights.sum(), torch.tensor(2.0))
+    assert weights.max() > 1.01 * weights.min()
+
+
+RELEASED = {
+    "batch": {"size": 64},
+    "dense": {"lr": 0.01},
+    "perceptron": {"start": "random", "gamma": "relu", "padding": 50, "item_gradient": True, "local_hidden": [32, 16]},
+    "hypergradient": {"terms": 3, "alpha": 1.0, "inverse": "neumann", "theta": ["dense", "tables"]},
+    "upper": {
+        **{"dev": "reordered", "dev_batch_size": 256, "head_refresh": "dev:100", "source_draws": 1, "interval": 100},
+        **{"optimiser": "sgd", "lr": 0.01, "gamma_lr": None, "clip": 10.0, "decay_gamma": True, "dev_head": "extra"},
+    },
+    "trainer": {"epochs": 5},
+}
+PAPER = {
+    "hypergradient": {"terms": 3, "theta": ["dense", "tables"]},
+    "upper": {
+        **{"dev": "reordered", "dev_head": "own", "source_draws": 1, "optimiser": "sgd", "lr": 0.01, "interval": 100},
+        **{"gamma_lr": None, "weight_decay": 0.0},
+    },
+    "perceptron": {"padding": None, "item_gradient": False},
+}
+
+
+@pytest.mark.parametrize(("preset", "expected"), [("as_paper", PAPER), ("as_released", RELEASED)])
+def test_a_preset_says_what_its_source_does(preset, expected):
+    config = OmegaConf.to_container(OmegaConf.structured(from_words(["data=x", "recipe=biao", f"preset={preset}"])))
+    for group, values in expected.items():
+        assert {name: config[group][name] for name in values} == values
 
 
 def test_weights_rise_with_their_scores_and_sum_to_gamma_or_stand_alone():

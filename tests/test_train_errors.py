@@ -97,6 +97,15 @@ OPTIONS = {
     "a flag": (["--chek"], "--chek: unknown; did you mean '--check'?"),
     "the job's own groups only": (["experiment=demo"], "experiment: unknown option"),
     "a rate below zero": (["dense.lr=-1"], "dense.lr=-1.0: must be above 0 and finite"),
+    "an inverse without products": (
+        ["hypergradient.inverse=conjugate_gradient"],
+        "hypergradient.inverse=conjugate_gradient: needs hypergradient.terms",
+    ),
+    "a tolerance of nothing": (
+        ["hypergradient.tolerance=1e-8", "hypergradient.terms=9"],
+        "hypergradient.tolerance=1e-08: only conjugate_gradient has one, and hypergradient.inverse=neumann",
+    ),
+    "no such start": (["perceptron.start=equl"], "perceptron.start=equl: choose equal or random"),
     "no coefficient": (["upper.gamma0=0"], "upper.gamma0=0.0: must be above 0"),
     "no epochs": (["trainer.epochs=0"], "trainer.epochs=0: must be at least 1"),
     "a word for a list": (["hypergradient.theta=user"], "hypergradient.theta: ", "lists are written [64,32]"),
@@ -246,6 +255,21 @@ def test_source_histories_of_unknown_items(job, tmp_path):
     assert job(*words(folder, "run"), "--check")[0] == 0
     message = "25.0% of the items in source_history are unknown, more than trainer.max_unknown=0.05, and model "
     mistake(job, words(folder, "run", "model=minet"), message)
+
+
+def test_histories_that_hold_what_is_asked_for(job, tmp_path):
+    """conet does not read them, and biao's perceptron, which does, predicts nothing from them."""
+    options = json.loads((rated() / "manifest.json").read_text())["options"]
+    folder = edited(copied(rated(), tmp_path), options=options | {"history": "train"})
+    assert job(*words(folder, "run", "recipe=biao"), "--check")[0] == 0
+    for model in ("minet", "dasl"):
+        mistake(
+            job,
+            words(folder, "run", f"model={model}", "recipe=target_only"),
+            "reads target_history_item, and ",
+            "history=train, whose histories hold the very item of a training row",
+            "prepare the data with history=past",
+        )
 
 
 def test_a_changed_dataset_is_not_trained_on_from_where_it_stood(job, tmp_path):

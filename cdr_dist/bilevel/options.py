@@ -28,6 +28,9 @@ class PerceptronOptions:
     sum, the same with less contrast; sigmoid: gamma / B times twice the score's sigmoid, each for itself."""
     gamma: str = "softplus"
     """softplus, or relu as released (which cannot recover from 0)."""
+    start: str = "equal"
+    """equal: every behaviour starts with the same weight, as in joint training; random: every layer as PyTorch starts
+    it, as released."""
     gamma_initial: float | None = None
     """Where gamma starts; null: at upper.gamma0, as in joint training."""
     padding: int | None = None
@@ -42,6 +45,8 @@ class PerceptronOptions:
             raise UserError(f"perceptron.parts={self.parts}: choose global, user or both")
         if self.normalisation not in ("softmax", "softplus", "sigmoid"):
             raise UserError(f"perceptron.normalisation={self.normalisation}: choose softmax, softplus or sigmoid")
+        if self.start not in ("equal", "random"):
+            raise UserError(f"perceptron.start={self.start}: choose equal or random")
         if self.gamma_initial is not None and self.gamma_initial <= 0:
             raise UserError(f"perceptron.gamma_initial={self.gamma_initial}: must be positive")
 
@@ -84,6 +89,16 @@ class HypergradientOptions:
             raise UserError(f"hypergradient.inverse={self.inverse}: choose neumann, conjugate_gradient or identity")
         if self.tolerance < 0 or self.damping < 0:
             raise UserError("hypergradient.tolerance and hypergradient.damping must not be negative")
+        if self.inverse == "conjugate_gradient" and not self.terms:
+            raise UserError(
+                "hypergradient.inverse=conjugate_gradient: needs hypergradient.terms, its most products, such as 20; "
+                "with terms=0 it would be the identity"
+            )
+        if self.tolerance and self.inverse != "conjugate_gradient":
+            raise UserError(
+                f"hypergradient.tolerance={self.tolerance}: only conjugate_gradient has one, and "
+                f"hypergradient.inverse={self.inverse}"
+            )
         if self.mode not in ("exact", "local"):
             raise UserError(f"hypergradient.mode={self.mode}: choose exact or local")
         if self.precondition not in ("none", "block"):

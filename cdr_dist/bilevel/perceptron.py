@@ -80,11 +80,13 @@ class BehaviouralPerceptron(nn.Module):
         """gamma_1 = 0 and gamma_2 near 1: all weights start equal, as in joint training, and gamma_1 can move.
 
         With random signs of gamma_2 the product would pull gamma_1 up for one user and down for the next. One
-        part alone starts at 0.
+        part alone starts at 0. `start=random`: gamma alone, the layers stay as they are drawn.
         """
         start = torch.tensor(1.0 if self.options.gamma_initial is None else self.options.gamma_initial)
         named = dict(self.named_parameters())
         found = {"gamma_raw": start.expm1().log() if self.options.gamma == "softplus" else start}
+        if self.options.start == "random":
+            return found
         if "global" in self.options.parts:
             first = f"global_mlp.{len(self.global_mlp) - 1}"
             found[f"{first}.weight"] = torch.zeros_like(named[f"{first}.weight"])

@@ -181,6 +181,7 @@ def _check_model(config: TrainConfig, manifest: Manifest) -> None:
                 f"there are {', '.join(known)}"
             )
     _check_unknown(config, manifest, name, model)
+    _check_history(config, manifest, name, model)
     if not config.recipe.target:
         return
     output, target, source, heads, width = _two_rows(config, model)
@@ -251,6 +252,16 @@ def _check_unknown(config: TrainConfig, manifest: Manifest, name: str, model: An
                 f"{config.data}: {unknown:.1%} of the items in {what} are unknown, more than "
                 f"trainer.max_unknown={config.trainer.max_unknown}, and {name} reads them"
             )
+
+
+def _check_history(config: TrainConfig, manifest: Manifest, name: str, model: Any) -> None:
+    """UserError: a model that predicts from histories which hold what it is asked for (DASL's released defect)."""
+    read = [f for f in model.spec().features if f.startswith("target_history")]
+    if config.recipe.target and read and manifest.options.get("history") == "train":
+        raise UserError(
+            f"{name} reads {read[0]}, and {config.data} was prepared with history=train, whose histories hold the very "
+            "item of a training row: it would learn to look it up; prepare the data with history=past"
+        )
 
 
 class _TwoLabels:
