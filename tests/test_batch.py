@@ -26,9 +26,9 @@ def data(request):
     return str(getattr(datasets, request.param)())
 
 
-def builder(folder, seed=8, **options):
+def builder(folder, seed=8, features=ROW_FEATURES[:5], **options):
     return BatchBuilder(
-        folder, read_manifest(folder), BatchOptions(**options), seed, features=ROW_FEATURES[:5], histories=DOMAINS
+        folder, read_manifest(folder), BatchOptions(**options), seed, features=features, histories=DOMAINS
     )
 
 
@@ -122,6 +122,17 @@ def test_evaluation_draws_do_not_change_and_negatives_are_the_stored_ones():
     assert a.label.view(-1, 6).sum(1).eq(1).all()
 
 
+def test_evaluation_asks_about_a_row_and_its_negatives_with_one_behaviour_of_the_user():
+    """Whatever the number of negatives: without any, as a full ranking asks, it is the same one."""
+    folder = str(datasets.sampled())
+    table, make = stored(folder, "test"), builder(folder)
+    found = column(make.evaluate(StoredRows.of(table), table.num_rows), "source_item").reshape(table.num_rows, 6)
+    assert (found == found[:, :1]).all()
+    assert all(a in own for a, own in zip(found[:, 0], table["source_candidates_item"].to_pylist(), strict=True))
+    alone = make.evaluate(StoredRows.of(table), table.num_rows, negatives=False)
+    assert column(alone, "source_item").tolist() == found[:, 0].tolist()
+
+
 def test_histories_keep_the_most_recent(data):
     table = stored(data)
     batch = builder(data, history_length=3).train(StoredRows.of(table), Place(), 1)
@@ -138,6 +149,25 @@ def test_dev_behaviours_are_other_training_behaviours_of_the_same_users(data):
     for item, others, position in zip(chosen, peers, table["position"].to_pylist(), strict=True):
         assert item in others[:position] + others[position + 1 :]
     assert batch.weight.eq(1).all()
+
+
+@pytest.mark.parametrize("hold_out", [None, HoldOut(seed=8, share=0.6, epochs=1)], ids=["any", "held out"])
+def test_a_model_that_reads_target_histories_is_never_shown_a_dev_item_in_them(data, hold_out):
+    """Every dev behaviour comes later than the row whose history is read, and all that do come."""
+    table, make = stored(data), builder(data, features=[*ROW_FEATURES[:5], "target_history_item"])
+    k, each = make.expansion, 5
+    peers, position = table["target_candidates_item"].to_pylist(), table["position"].to_pylist()
+    for epoch in range(3):
+        lower = make.train(StoredRows.of(table), Place(epoch), table.num_rows, hold_out)
+        held = (lower.weight[::k] == 0).tolist() if hold_out else [True] * table.num_rows
+        allowed = set(zip(table["user"].to_pylist(), position, held, strict=True))
+        dev = make.dev_of_same_users(StoredRows.of(table), epoch, table.num_rows, hold_out, each)
+        items = column(dev, "target_item")[::k].reshape(-1, each)
+        counts = (dev.weight[::k] == 1).numpy().reshape(-1, each)
+        for row, user in enumerate(table["user"].to_pylist()):
+            later = [i for i in range(position[row] + 1, len(peers[row])) if (user, i, True) in allowed]
+            assert sorted(items[row, counts[row]]) == sorted(peers[row][i] for i in later)
+        assert 0.1 < counts.any(1).mean() < 0.9
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4])

@@ -128,6 +128,7 @@ class BatchBuilder:
         self._bags = [f for f in features if is_bag(f)]
         read = [f for f in features if of_history(f)]
         self._histories = [d for d in DOMAINS if d in histories or any(f.startswith(d) for f in read)]
+        self._answers = any(f.startswith("target_history") for f in read)
         self._before = self._source and any(f.startswith("source_") for f in read)
         self._peers = bool(histories)  # who weighs behaviours holds some of the user's other ones out
         self._sampled = manifest.label == "sampled"
@@ -252,20 +253,23 @@ class BatchBuilder:
     ) -> Batch:
         """For every stored row `each` other training behaviours of its user: any others, or some of those held out.
 
-        What a user has too few of has weight 0 (global_rows still counts it).
+        A model that reads target histories gets later ones alone: an earlier one stands in the history of the row, and
+        would be known. What a user has too few of has weight 0 (global_rows still counts it).
         """
         copies = _Copies(len(stored), each)
         row, turn = copies.row, copies.copy
         peers, position = stored.lists("target_candidates_item"), stored["position"][row]
         bits = mix(key("dev", self._seed), epoch, stored["example_id"][row])
-        if hold_out is None:  # the others, in a circle that the row itself is left out of
-            count = np.where(position >= 0, peers.lengths[row] - 1, peers.lengths[row])
-            chosen = (integers(bits, np.maximum(count, 1)) + turn) % np.maximum(count, 1)
-            chosen += (position >= 0) & (chosen >= position)
-        else:
+        after = position if self._answers else np.full(len(row), -1)
+        if hold_out is not None:
             held = hold_out.of(stored["user"][row], peers.lengths[row], epoch)
-            count, chosen = held.count, held.one(bits, turn)
-        valid = turn < count
+            chosen, valid = held.one(bits, turn, after)
+        else:  # the others, in a circle that the row itself is left out of
+            skipped = (position >= 0) & ~(after >= 0)
+            count = peers.lengths[row] - (after + 1) - skipped
+            chosen = after + 1 + (integers(bits, np.maximum(count, 1)) + turn) % np.maximum(count, 1)
+            chosen += skipped & (chosen >= position)
+            valid = turn < count
         chosen = np.where(valid, chosen, 0)
         item, label = (stored.lists(f"target_candidates_{part}").pick(row, chosen) for part in ("item", "label"))
         batch = self._with_negatives(stored, copies, item, label, "dev_", epoch, global_rows)
@@ -304,7 +308,10 @@ class BatchBuilder:
         return self._assemble(stored, row, draw, item, label, epoch, k, rows)
 
     def evaluate(self, stored: StoredRows, global_rows: int, negatives: bool = True) -> Batch:
-        """Stored negatives (or none), and a fixed draw of the source behaviour (the one of epoch -1)."""
+        """Stored negatives (or none), and a fixed draw of the source behaviour (the one of epoch -1).
+
+        One of the user's own, the same for a row and its negatives: as where there is nothing but a user to ask about.
+        """
         k = self._eval_negatives if self._sampled and negatives else 0
         row, j = _expanded(len(stored), k)
         item, label = stored["item"][row], stored["label"][row].astype(np.float64)
@@ -312,7 +319,7 @@ class BatchBuilder:
         if len(negative):
             item[negative] = stored.lists("negatives_item").pick(row[negative], j[negative] - 1)
             label[negative] = 0.0
-        batch = self._assemble(stored, row, j, item, label, -1, k, global_rows * (1 + k))
+        batch = self._assemble(stored, row, 0 * j, item, label, -1, 0, global_rows * (1 + k))
         return self._completed(batch, stored, EVALUATION)
 
     def users(self, stored: StoredRows, global_rows: int) -> Batch:

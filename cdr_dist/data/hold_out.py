@@ -62,7 +62,16 @@ class HeldOut:
         """position [n]; -1 is a behaviour that the list does not hold."""
         return (position >= 0) & ((position - self.first) % self.behaviours < self.count)
 
-    def one(self, bits: NDArray[np.uint64], turn: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The position of one of them each, [n]; turns 0, 1, .. below the count give different ones. Count 0: any."""
-        count = np.maximum(self.count, 1)
-        return (self.first + (integers(bits, count) + turn) % count) % self.behaviours
+    def one(
+        self, bits: NDArray[np.uint64], turn: NDArray[np.int64], after: NDArray[np.int64] | int = -1
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """The position of one each of those behind the position `after`, [n], and whether there is one.
+
+        Turns 0, 1, .. below their number give different ones.
+        """
+        end = self.first + self.count
+        start = np.maximum(self.first, after + 1)  # round the list, they stand from `start` on and from after + 1 on
+        here = np.maximum(np.minimum(end, self.behaviours) - start, 0)
+        count = here + np.maximum(end - self.behaviours - (after + 1), 0)
+        place = (integers(bits, np.maximum(count, 1)) + turn) % np.maximum(count, 1)
+        return np.where(place < here, start + place, after + 1 + place - here), turn < count
