@@ -22,6 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cdr_dist.bilevel.options import HypergradientOptions, PerceptronOptions
 from cdr_dist.data.options import SoftmaxOptions, StorageOptions, StreamOptions
+from cdr_dist.data.prepare_options import option_names
+from cdr_dist.data.words import fields_of
 from cdr_dist.embeddings.options import TableOptions
 from cdr_dist.errors import UserError, nearest
 from cdr_dist.training.options import (
@@ -73,6 +75,16 @@ class TrainConfig:
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 # A configuration that reads the environment, such as a stranger's config.yaml, would bring secrets into run folders.
 OmegaConf.clear_resolver("oc.env")
+
+
+def of_prepare_and_train(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Options of a job that both prepares and trains, apart; one that the two share goes to both."""
+    names = option_names()
+    shared = {name for name in names if name in fields_of(TrainConfig)}
+    keyed = [(word.partition("=")[0], word) for word in words]
+    return [word for key, word in keyed if key in names], [
+        word for key, word in keyed if key not in names or key in shared
+    ]
 
 
 def from_words(words: Sequence[str]) -> TrainConfig:

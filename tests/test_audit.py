@@ -25,7 +25,7 @@ from cdr_dist.training import audit as module
 from cdr_dist.training.experiment_runs import Room, run_one
 from cdr_dist.training.run_folder import RunFolder
 from tests.browser import check_readable, needs_browser
-from tests.datasets import SHAPE, rated, rows_of, sampled
+from tests.datasets import SHAPE, copied, rated, rows_of, sampled
 
 USERS, SEEDS = 400, 4
 
@@ -81,6 +81,15 @@ def test_of_the_gains_shown_the_best_on_validation_is_recommended_and_harm_is_na
     assert "c does harm" in verdict.sentence([harm])
 
 
+def test_the_more_sources_the_more_a_gain_has_to_be():
+    """Of ten sources without any use, about one in four would otherwise show a gain."""
+    single, borderline = [tried("mf", 0.6, 0.7)], [tried("biao", 0.72, 0.8)]
+    found = {n: verdict.judge("books", rows(), single, borderline, sources=n) for n in (1, 10)}
+    assert [of.verdict for of in found.values()] == ["yes", "not shown"]
+    assert found[1].difference.p == found[10].difference.p
+    assert verdict.level_of(10) == pytest.approx(0.995)
+
+
 @pytest.mark.parametrize(("alone", "harms"), [(0.2, False), (1.5, True)], ids=["the backbone", "the source"])
 def test_a_source_does_harm_only_where_the_same_backbone_is_better_without_it(alone, harms):
     singles = [tried("mf", 2.5, 0.9), tried("target_only", alone, 0.7)]
@@ -125,6 +134,29 @@ def check_full_ranking(folder, manifest, score):
     found = full_ranking(str(folder), manifest, "test", [3])
     np.testing.assert_allclose([found["hr@3"], found["mrr@3"]], np.mean(gained, axis=0))
     assert 0 < found["mrr@3"] < 1
+
+
+def test_of_raw_logs_the_answer_is_about_all_users_of_the_target(tmp_path):
+    """Half of them have no source behaviour: they are asked about all the same, and so is who transfers nothing."""
+    logs = planted_logs(SHAPE)
+    logs.target.write_csv(tmp_path / "t.csv")
+    logs.source.filter(pl.col("user_id") < "u000150").write_csv(tmp_path / "s.csv")
+    given = [f"source={tmp_path}/s.csv", f"target={tmp_path}/t.csv", f"out={tmp_path}/out", "seed=3", "storage.tries=9"]
+    request = module.request_of(given)
+    manifest = read_manifest(request.data["s"])
+    assert manifest.counts["users"] == logs.target["user_id"].n_unique() == SHAPE.users
+    assert (manifest.options["seed"], request.words) == (3, ["storage.tries=9"])
+
+
+def test_popularity_of_an_item_that_nobody_trained_on_is_a_number(tmp_path):
+    folder = copied(rated(), tmp_path)
+    for path in (folder / "test").glob("*.parquet"):
+        rows = pl.read_parquet(path)
+        unknown = (pl.int_range(pl.len()) % 3 == 0) & (pl.col("label") > 0)
+        rows.with_columns(item=pl.when(unknown).then(pl.lit(1, pl.Int32)).otherwise("item")).write_parquet(path)
+    found = full_ranking(str(folder), read_manifest(str(folder)), "test", [3, 10_000])
+    assert found["hr@10000"] == 1
+    assert 0 < found["hr@3"] < 0.5
 
 
 @pytest.mark.parametrize("data", [rated, sampled])
@@ -247,6 +279,11 @@ def other(folder):
         (["seeds=2"], "give source= and target=, or data="),
         (["data=x", "source=a.csv", "target=b.csv"], "give source= and target=, or data="),
         (["data=x", "labels=sampled"], "labels=sampled: is of jobs/prepare.py"),
+        (["data=x", "parallel=0"], "parallel=0: must be auto or a whole number, at least 1"),
+        (["data=x", "parallel=two"], "parallel=two: must be auto"),
+        (["data=x", "out=s3://bucket/audit"], "out=s3://bucket/audit: must be a folder here"),
+        (["source=a.csv", "target=b.csv", "dense.lrr=1"], "dense.lrr: unknown option"),
+        (["data=x", "recipe=biao"], "recipe=biao: every run of experiment=single has its own"),
         (["data=x", "seeds=1"], "seeds=1: must be a whole number, at least 2"),
         (["data"], "'data': options are written key=value"),
     ],

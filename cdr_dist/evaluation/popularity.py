@@ -47,6 +47,7 @@ def full_ranking(folder: str, manifest: Manifest, split: str, ks: Sequence[int])
     own = score[rows["item"].to_numpy()]
     above = len(inside) - np.searchsorted(inside, own, side="right")
     tied = np.searchsorted(inside, own, side="right") - np.searchsorted(inside, own, side="left")
+    tied += rows["item"].to_numpy() < FIRST_ID  # an unknown item is none of `inside`, and ties with itself
     pairs = rows.select("item", TRAINED).with_row_index("row").explode(TRAINED).drop_nulls(TRAINED).unique()
     row, theirs = (pairs[name].to_numpy() for name in ("row", TRAINED))
     others = theirs != pairs["item"].to_numpy()

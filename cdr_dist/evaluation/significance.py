@@ -22,7 +22,7 @@ Metric = Callable[[Ints, NDArray, Floats], Resampled]
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How much a exceeds b, with a 95% interval and a two-sided p; all but `difference` may be NaN."""
+    """How much a exceeds b, with an interval (95% unless said) and a two-sided p; all but `difference` may be NaN."""
 
     difference: float
     low: float
@@ -76,14 +76,15 @@ def paired_bootstrap(
     metric: Metric = resampled_auc,
     resamples: int = 1000,
     seed: int = 0,
+    level: float = 0.95,
 ) -> PairedDifference:
     """Whether scorer a beats scorer b on the same rows, users drawn with replacement; arguments are [rows].
 
     Scores are [rows] or, of several training seeds, [seeds, rows]: then the metric is the mean over seeds, and seeds
     are drawn with replacement, too (the pigeonhole bootstrap, Owen, Annals of Applied Statistics 2007): the interval
     is about other users *and* other seeds, since trainings differ by as much as methods do. A user's rows are drawn
-    together, as they are not independent, and all seeds see the same draw of users. The interval is the
-    2.5th to 97.5th percentile of the difference; p is twice the smaller share of resamples on either side of 0, the
+    together, as they are not independent, and all seeds see the same draw of users. The interval holds the
+    share `level` in the middle of the differences; p is twice the smaller share of resamples on either side of 0, the
     observed data counted as one resample, so it is never below 2 / (resamples + 1). Resamples without both classes are
     left out. ValueError: columns of unequal length, or a score that is not finite.
     """
@@ -120,7 +121,7 @@ def paired_bootstrap(
     differences = differences[~np.isnan(differences)]
     if not len(differences) or np.isnan(observed):
         return PairedDifference(observed, nan, nan, nan, len(differences))
-    low, high = np.percentile(differences, [2.5, 97.5])
+    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
     smaller = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
     p = min(1.0, 2 * (smaller + 1) / (len(differences) + 1))
     return PairedDifference(observed, float(low), float(high), float(p), len(differences))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cdr_dist.errors import UserError
 from cdr_dist.evaluation.significance import PairedDifference, paired_bootstrap
 
-GROUPS = {"cold (1 or 2)": (1, 2), "short (3 to 9)": (3, 9), "long (10 and more)": (10, math.inf)}
+GROUPS = {"new (none)": (0, 0), "cold (1 or 2)": (1, 2), "short (3 to 9)": (3, 9), "long (10 and more)": (10, math.inf)}
 """Users by their training behaviours in the target: name -> least, most."""
 ALONE = "target_only"
 FEWEST_USERS = 30
@@ -97,9 +97,21 @@ class OfSource:
         return self.verdict == "no" and (self.own is None or self.own.high < 0)
 
 
+def level_of(sources: int) -> float:
+    """Of each source's interval, so that those of all hold together at 95% (Bonferroni)."""
+    return 1 - 0.05 / sources
+
+
 def judge(
-    name: str, rows: Rows, singles: Sequence[Tried], tried: Sequence[Tried], categories: Sequence[Category] = ()
+    name: str,
+    rows: Rows,
+    singles: Sequence[Tried],
+    tried: Sequence[Tried],
+    categories: Sequence[Category] = (),
+    sources: int = 1,
 ) -> OfSource:
+    """sources: how many are judged; the more, the wider the intervals that say whether to transfer."""
+    level = level_of(sources)
     single = max(singles, key=lambda of: of.validation)
     best = max(tried, key=lambda of: of.validation)
     everyone = np.ones(len(rows.user), dtype=bool)
@@ -111,11 +123,12 @@ def judge(
             groups[group] = users, difference(rows, inside, best, single)
     ordered = sorted(categories, key=lambda c: -c.weight)
     alone = next((of for of in singles if of.name == ALONE), None)
-    own = None if alone is None else difference(rows, everyone, best, alone)
-    return OfSource(name, single, best, list(tried), difference(rows, everyone, best, single), own, groups, ordered)
+    own = None if alone is None else difference(rows, everyone, best, alone, level)
+    gain = difference(rows, everyone, best, single, level)
+    return OfSource(name, single, best, list(tried), gain, own, groups, ordered)
 
 
-def difference(rows: Rows, inside: NDArray[np.bool_], a: Tried, b: Tried) -> PairedDifference:
+def difference(rows: Rows, inside: NDArray[np.bool_], a: Tried, b: Tried, level: float = 0.95) -> PairedDifference:
     """a - b on the rows `inside`, over the seeds that both have; one without seeds stands against every seed.
 
     UserError: they have none in common.
@@ -124,7 +137,7 @@ def difference(rows: Rows, inside: NDArray[np.bool_], a: Tried, b: Tried) -> Pai
     if not seeds and (a.seeds or b.seeds):
         raise UserError(f"{a.name} and {b.name}: of no seed did both runs come through")
     first, second = (_of_seeds(of, seeds)[:, inside] for of in (a, b))
-    return paired_bootstrap(rows.user[inside], rows.label[inside], first, second)
+    return paired_bootstrap(rows.user[inside], rows.label[inside], first, second, level=level)
 
 
 def _of_seeds(of: Tried, seeds: Sequence[int]) -> NDArray[np.float64]:
@@ -184,7 +197,7 @@ def tables(singles: Sequence[Tried], found: Sequence[OfSource]) -> list[Table]:
         for of in found
         for c in of.categories
     ]
-    gain = ["test AUC gained", "95%", "p"]
+    gain = ["test AUC gained", "interval", "p"]
     head = ["source", "transfer?", "method", "against", *gain, f"gained over {ALONE}", "time"]
     every = [
         Table("From where?", head, sources, 4),

@@ -11,9 +11,9 @@ from zoneinfo import ZoneInfo
 
 import yaml
 
-from cdr_dist.configuration import TrainConfig, from_words
+from cdr_dist.configuration import TrainConfig, from_words, of_prepare_and_train
 from cdr_dist.data import storage
-from cdr_dist.data.prepare_options import DATE, PrepareOptions, option_names, options_from_words
+from cdr_dist.data.prepare_options import DATE, PrepareOptions, options_from_words
 from cdr_dist.data.retries import refuse_secrets
 from cdr_dist.data.words import check, fields_of, option, values_of
 from cdr_dist.errors import UserError
@@ -122,8 +122,7 @@ def read_words(words: Sequence[str]) -> Request:
     rest = {n: v for n, v in merged.items() if n not in own_fields}
     for name in rest:
         check(name not in SETTLED, f"{name}=: is set by the night itself: {SETTLED.get(name)}")
-    of_prepare = [f"{n}={v}" for n, v in rest.items() if n in option_names()]
-    of_train = [f"{n}={v}" for n, v in rest.items() if n not in option_names() or n.startswith("storage.")]
+    of_prepare, of_train = of_prepare_and_train([f"{n}={v}" for n, v in rest.items()])
     found = Request(NightlyOptions(**own, **groups), of_prepare, of_train)
     for name in ("source", "target"):
         check(DATE in rest.get(name, ""), f"{name}={rest.get(name, '')}: name the logs by day, as logs/books/{DATE}/")

@@ -1,8 +1,8 @@
 """The work of jobs/audit.py: raw logs or datasets in, the answer to "should I transfer?" out.
 
 Everything is tuned alike: popularity has nothing to tune, every other method has as many trials of a search on
-validation data, on a seed that is not reported. Several sources share the target's users and test rows (users=target),
-and are tried together, too.
+validation data, on a seed that is not reported. The answer is about all users of the target (users=target), those that
+no source knows included; several sources share them and the test rows, and are tried together, too.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
+from cdr_dist.configuration import of_prepare_and_train
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import Manifest, read_manifest
 from cdr_dist.data.demo import dataset_of
 from cdr_dist.data.prepare import prepare
-from cdr_dist.data.prepare_options import option_names, options_from_words
+from cdr_dist.data.prepare_options import options_from_words
 from cdr_dist.errors import UserError
 from cdr_dist.evaluation import verdict
 from cdr_dist.evaluation.audit_page import Answer
@@ -31,7 +32,7 @@ from cdr_dist.evaluation.popularity import popularity, training_behaviours
 from cdr_dist.evaluation.verdict import Category, OfSource, Rows, Tried
 from cdr_dist.training import experiment_runs
 from cdr_dist.training.experiment import Experiment, Plan, Search, check_words, plans
-from cdr_dist.training.experiment_runs import Outcome, Places, parallel_of, run_all
+from cdr_dist.training.experiment_runs import Outcome, Places, check_parallel, parallel_of, run_all
 from cdr_dist.training.run_folder import SCORES
 from cdr_dist.training.search import search_all
 
@@ -76,8 +77,7 @@ def audit_job(words: Sequence[str]) -> None:
 def request_of(words: Sequence[str]) -> Request:
     """The words read; of raw logs, datasets are prepared first. UserError: a word that is nobody's, too few sources."""
     given = dict(OWN)
-    of_prepare: list[str] = []
-    of_train: list[str] = []
+    rest: list[str] = []
     for word in words:
         key, separator, value = word.partition("=")
         if not separator:
@@ -85,16 +85,22 @@ def request_of(words: Sequence[str]) -> Request:
         if key in OWN:
             given[key] = value
         else:
-            (of_prepare if key in option_names() else of_train).append(word)
+            rest.append(word)
+    of_prepare, of_train = of_prepare_and_train(rest)
+    of_train = [word for word in of_train if not word.startswith("seed=")]  # a run's is one of `seeds`
     numbers = {}
     for key, least in (("seeds", 2), ("first_seed", 1), ("budget", 1)):
         if not given[key].isdigit() or int(given[key]) < least:
             raise UserError(f"{key}={given[key]}: must be a whole number, at least {least}")
         numbers[key] = int(given[key])
+    check_parallel(given["parallel"])
+    if "://" in given["out"]:
+        raise UserError(f"out={given['out']}: must be a folder here, or on a disk that all machines share")
     logs = [word for word in of_prepare if word.startswith(("source=", "target="))]
     if bool(given["data"]) == bool(logs):
         raise UserError("give source= and target=, or data=FOLDER[,FOLDER…] of jobs/prepare.py")
     out = Path(given["out"] or "runs/audit").expanduser().absolute()
+    _check_words(given["model"], of_train)
     data = _datasets(given["data"], of_prepare) if given["data"] else _prepared(of_prepare, out / "datasets")
     _check_same_target(data)
     return Request(
@@ -108,9 +114,16 @@ def request_of(words: Sequence[str]) -> Request:
     )
 
 
+def _check_words(model: str, words: Sequence[str]) -> None:
+    """UserError: a word that no run can take; before anything is prepared."""
+    of_any = {"any": ["data=any"]}
+    for one in _experiments(of_any, model, "rating", 1):
+        check_words(plans(one, [0], "any", words))
+
+
 def _datasets(given: str, of_prepare: Sequence[str]) -> dict[str, str]:
-    if of_prepare:
-        raise UserError(f"{of_prepare[0]}: is of jobs/prepare.py; data= names datasets that are prepared already")
+    if only := [word for word in of_prepare if not of_prepare_and_train([word])[1]]:
+        raise UserError(f"{only[0]}: is of jobs/prepare.py; data= names datasets that are prepared already")
     folders = [dataset_of(folder) for folder in given.split(",")]
     found = {folder.rstrip("/").rpartition("/")[2]: folder for folder in folders}
     if len(found) < len(folders):
@@ -122,8 +135,7 @@ def _prepared(words: Sequence[str], folder: Path) -> dict[str, str]:
     """A dataset for every source, and where there are several, one of all of them."""
     named = dict(word.split("=", 1) for word in words)
     logs, count = named.get("source", "").split(","), len(named.get("source", "").split(","))
-    if count > 1:
-        named.setdefault("users", "target")
+    named.setdefault("users", "target")
     of_each = {key: named[key].split(",") for key in ("source_items", "source_domain") if named.get(key)}
     found: dict[str, str] = {}
     for number in [*range(count), *([None] if count > 1 else [])]:
@@ -158,6 +170,10 @@ def _check_same_target(data: dict[str, str]) -> None:
 def experiments(request: Request, label: str) -> tuple[Experiment, Experiment]:
     """The single-domain methods on the first dataset, and those of transfer on all of them."""
     data = {name: [f"data={folder}"] for name, folder in request.data.items()}
+    return _experiments(data, request.model, label, request.budget)
+
+
+def _experiments(data: dict[str, list[str]], model: str, label: str, budget: int) -> tuple[Experiment, Experiment]:
     singles = {
         "BPR-MF" if label == "sampled" else "MF": [
             "model=mf",
@@ -166,7 +182,7 @@ def experiments(request: Request, label: str) -> tuple[Experiment, Experiment]:
         ],
         "target_only": ["recipe=target_only"],
     }
-    models = {request.model: [f"model={request.model}"]}
+    models = {model: [f"model={model}"]}
 
     def of(name: str, methods: dict[str, list[str]], on: dict[str, list[str]]) -> Experiment:
         only = {
@@ -174,7 +190,7 @@ def experiments(request: Request, label: str) -> tuple[Experiment, Experiment]:
             "dense.lr": [m for m in methods if not m.endswith("MF")],
         }
         space = {option: values for option, values in SPACE.items() if only.get(option, methods)}
-        search = Search(space, request.budget, only={o: m for o, m in only.items() if o in space}, together=2)
+        search = Search(space, budget, only={o: m for o, m in only.items() if o in space}, together=2)
         return Experiment(name, methods, models=models, data=on, common=COMMON, search=search)
 
     first = next(iter(data))
@@ -227,7 +243,7 @@ def audit(request: Request, places: Places | None = None) -> Audited:
     for name, own in request.data.items():
         tried = [_tried(done[name, m], of_words[name, m], rows) for m in TRANSFER]
         categories = _categories(own, read_manifest(own), done[name, "biao"])
-        found.append(verdict.judge(name, known, singles, tried, categories))
+        found.append(verdict.judge(name, known, singles, tried, categories, len(request.data)))
     every = [outcome for outcomes in done.values() for outcome in outcomes]
     lost = [f"{o.plan}: {o.ended.failure}" for o in every if o.summary is None]
     return Audited(found, singles, known, lost)
@@ -288,11 +304,16 @@ def _categories(folder: str, manifest: Manifest, outcomes: Sequence[Outcome]) ->
 
 
 def notes(request: Request, lost: Sequence[str]) -> str:
+    sources, several = len(request.data), ""
+    if sources > 1:
+        several = (
+            f" Those of sources are {verdict.level_of(sources):.1%} ones, so that all {sources} hold together at 95%."
+        )
     failed = f" Failed, and left out with their seeds: {'; '.join(lost)}." if lost else ""
     return (
         f"Seeds {request.seeds.start} to {request.seeds.stop - 1}; {request.budget} trials of a search on validation "
         f"data for every method, on seed {request.seeds.start - 1}. A source's method and its opponent are the best on "
         "validation data; gains are measured on test data, by a paired bootstrap over users and seeds. "
-        '"not shown": the interval holds 0. A source does harm where the same backbone is better without it. A weight '
-        f"of 1 is what joint training gives every behaviour.{failed}"
+        f'"not shown": the interval holds 0.{several} A source does harm where the same backbone is better without it. '
+        f"A weight of 1 is what joint training gives every behaviour.{failed}"
     )

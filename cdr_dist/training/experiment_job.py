@@ -28,7 +28,7 @@ from cdr_dist.evaluation.paper import Paper, load_paper
 from cdr_dist.jobs import DONE, FAILED, USERS_MISTAKE
 from cdr_dist.training import experiment_runs
 from cdr_dist.training.experiment import Cell, Experiment, Plan, check_words, chosen, load, plans
-from cdr_dist.training.experiment_runs import Outcome, Places, parallel_of, run_all
+from cdr_dist.training.experiment_runs import Outcome, Places, check_parallel, parallel_of, run_all
 from cdr_dist.training.run_folder import SCORES, RunFolder
 from cdr_dist.training.search import Best, chosen_yaml, ends, search_all
 
@@ -75,8 +75,7 @@ def read_words(words: Sequence[str]) -> Request:
     for key, least in NUMBERS.items():
         if key in given and (not given[key].isdigit() or int(given[key]) < least):
             raise UserError(f"{key}={given[key]}: must be a whole number, at least {least}")
-    if given["parallel"] != "auto" and (not given["parallel"].isdigit() or given["parallel"] == "0"):
-        raise UserError(f"parallel={given['parallel']}: must be auto or a whole number, at least 1")
+    check_parallel(given["parallel"])
     lists = {key: given[key].split(",") if given.get(key) else [] for key in LISTS}
     experiment = load(given["experiment"])
     experiment = chosen(experiment, lists["methods"], lists["models"], lists["data"])

@@ -153,6 +153,12 @@ def _line(text: str) -> str:
     return " ".join(text.split())[:300]
 
 
+def check_parallel(given: str) -> None:
+    """UserError: neither auto nor a number of runs."""
+    if given != "auto" and (not given.isdigit() or int(given) < 1):
+        raise UserError(f"parallel={given}: must be auto or a whole number, at least 1")
+
+
 def parallel_of(given: str, configs: Sequence[TrainConfig], there: Room) -> int:
     """`parallel=`: a number, or auto: as many as there are cores and memory for, of the largest run."""
     if given != "auto":
