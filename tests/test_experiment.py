@@ -143,6 +143,16 @@ MISTAKES = {
     "no option": (["experiment=demo", "fast"], "'fast': options are written key=value"),
     "seeds": (["experiment=demo", "seeds=0"], "seeds=0: must be a whole number, at least 1"),
     "parallel": (["experiment=demo", "parallel=some"], "parallel=some: must be auto or a whole number"),
+    "a recipe": (
+        ["experiment=demo", "recipe=biao"],
+        "recipe=biao: every run of experiment=demo has its own; choose met",
+    ),
+    "a seed": (["experiment=demo", "seed=9"], "seed=9: every run of experiment=demo has its own; choose first_seed"),
+    "a run": (["experiment=demo", "run=x"], "run=x: every run of experiment=demo has its own; choose runs="),
+    "what a curve is of": (
+        ["experiment=figure5", "data={rated}", "upper.interval=9"],
+        "upper.interval=9: makes interval_5 and interval_20 the same; methods= chooses",
+    ),
     "no search": (["experiment=demo", "budget=3"], "budget=3: configs/experiment/demo.yaml has no search"),
     "searched and given": (["experiment=table1", "data={rated}", "budget=3", "tables.lr=1"], "tables.lr: is searched"),
     "no seed to search on": (
@@ -374,13 +384,14 @@ def test_trials_start_from_a_run_that_is_not_searched(tmp_path):
     assert warm == {f"warm_start.run={tmp_path}/runs/d/conet/pretrain/seed-7"}
 
 
-def test_the_smallest_log_loss_is_the_best(tmp_path):
+@pytest.mark.parametrize("metric", ["logloss", "nll"])
+def test_the_smallest_loss_is_the_best(tmp_path, metric):
     def run(given):
         found = summary(0.9, 0.9)
-        found["metrics"]["valid"]["logloss"] = float(given["tables.lr"])
+        found["metrics"]["valid"][metric] = float(given["tables.lr"])
         return Ended(found)
 
-    best, started = search(tmp_path, searching(metric="logloss"), run)
+    best, started = search(tmp_path, searching(metric=metric), run)
     lowest = min(float(word[10:]) for words in started for word in words if word.startswith("tables.lr"))
     assert min(found.value for found in best.values()) == lowest
 

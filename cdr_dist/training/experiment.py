@@ -230,6 +230,7 @@ def plans(
         above = beginnings if beginnings and cell.method in experiment.beginnings else runs
         return storage.join(above, *(label.replace("|", "_") for label in cell), f"seed-{seed}")
 
+    _check_own(experiment, words)
     if not experiment.data:
         raise UserError(f"experiment={experiment.name}: needs data=FOLDER[,FOLDER…], written by jobs/prepare.py")
     found = []
@@ -255,6 +256,23 @@ def check_words(todo: Sequence[Plan]) -> list[TrainConfig]:
             except UserError as error:
                 raise UserError(f"{plan.cell}: {error}") from error
     return list(first.values())
+
+
+def _check_own(experiment: Experiment, words: Sequence[str]) -> None:
+    """UserError: a word of the command line that would undo what tells the runs apart."""
+    instead = {"recipe": "methods", "seed": "first_seed and seeds", "run": "runs"}
+    if experiment.starts:
+        instead["warm_start.run"] = "methods"
+    for word in words:
+        key = word.partition("=")[0]
+        if key in instead:
+            raise UserError(f"{word}: every run of experiment={experiment.name} has its own; choose {instead[key]}=")
+    alike: dict[tuple[str, ...], str] = {}
+    for method, own in experiment.expanded().items():
+        merged = tuple(sorted(last_of_each([*own, *words])))
+        other = alike.setdefault(merged, method)
+        if other != method and set(own) != set(experiment.expanded()[other]):
+            raise UserError(f"{' '.join(words)}: makes {other} and {method} the same; methods= chooses")
 
 
 def last_of_each(words: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from cdr_dist.data.hashing import key
 from cdr_dist.errors import UserError
 from cdr_dist.training.experiment import Cell, Experiment, Plan, Search, plans
 from cdr_dist.training.experiment_runs import Outcome
+from cdr_dist.training.options import smaller_is_better
 
 JOURNAL = "search.journal"
 RANGES = ("log", "linear", "int")
@@ -116,7 +117,7 @@ class Study:
         self._study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
             study_name=str(cell),
-            direction="minimize" if search.metric == "logloss" else "maximize",
+            direction="minimize" if smaller_is_better(search.metric) else "maximize",
             load_if_exists=True,
         )
         self._check_same(folder)
@@ -145,7 +146,7 @@ class Study:
         known = [trial for trial in trials if trial.value is not None]
         if not known:
             raise UserError(f"{self._cell}: all {len(trials)} trials of the search failed")
-        sign = -1 if self._search.metric == "logloss" else 1
+        sign = -1 if smaller_is_better(self._search.metric) else 1
         best = max(known, key=lambda trial: (sign * trial.value, -trial.number))  # type: ignore[operator]
         words = [_word(option, best.params[option]) for option in self._space]
         return Best(words, float(best.value or 0.0), best.number, len(trials), len(trials) - len(known))
