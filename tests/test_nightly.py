@@ -211,7 +211,36 @@ def test_ids_of_a_night_that_died_before_it_said_so_are_given_to_nobody(tmp_path
     assert known(out, NIGHTS[2])["extends"] == str(out / "datasets" / NIGHTS[1])
     nightly_job(night(NIGHTS[1], out))  # the dead night after all: later ids are given by now
     newest = json.loads((out / "newest_dataset.json").read_text())
-    assert newest == {"dataset": str(out / "datasets" / NIGHTS[2]), "growing": ""}
+    assert (newest["dataset"], newest["growing"]) == (str(out / "datasets" / NIGHTS[2]), "")
+
+
+def test_the_last_night_can_be_taken_back_and_done_again(tmp_path, capsys, monkeypatch):
+    """As docs/operations.md says, after a broken log; and the page of a night cannot undo it."""
+    out = tmp_path / "out"
+    nightly_job(night(NIGHTS[0], out))
+    nightly_job(night(NIGHTS[1], out, "gate.auc=1"))
+    assert "kept 2026-01-04" in capsys.readouterr().out
+    for folder in ("nights", "runs", "datasets", "recommendations"):
+        shutil.rmtree(out / folder / NIGHTS[1])
+
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("cdr_dist.production.nightly_report.report_of_night", broken)
+    nightly_job(night(NIGHTS[1], out))
+    assert capsys.readouterr().out.startswith("2026-01-05: published\n")
+    assert known(out, NIGHTS[1])["extends"] == str(out / "datasets" / NIGHTS[0])
+    assert json.loads((out / "newest_dataset.json").read_text())["dataset"] == str(out / "datasets" / NIGHTS[1])
+
+
+def test_a_night_killed_before_it_looked_at_the_day_looks_later(tmp_path):
+    out = tmp_path / "out"
+    nightly_job(night(NIGHTS[0], out))
+    with replaced(module, "day_of", lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
+        nightly_job(night(NIGHTS[1], out))
+    assert "dataset" in known(out, NIGHTS[1])
+    nightly_job(night(NIGHTS[1], out))
+    assert known(out, NIGHTS[1])["drift"]["against"] == NIGHTS[0]
 
 
 # ---- two at once ----------------------------------------------------------------------------------------------------

@@ -91,7 +91,10 @@ class _Night:
         """The night's dataset, on top of the newest one, whichever night that is of."""
         out = self._publisher.dataset(self._date)
         if self._known.get("dataset"):
-            return read_manifest(out)
+            manifest = read_manifest(out)
+            if "day" not in self._known:  # killed between the two
+                self._look_at_the_day(out, manifest)
+            return manifest
         if not storage.exists(storage.join(out, "manifest.json")):
             check_day(self._request.prepare, self._date)
             self._note(extends=self._publisher.newest_dataset(self._date))
@@ -104,15 +107,16 @@ class _Night:
         return manifest
 
     def _look_at_the_day(self, folder: str, manifest: Manifest) -> None:
-        """What the day's rows are like, beside those of the last night before it."""
+        """What the day's rows are like, beside those of the last night before it that has looked."""
         day, found = day_of(folder, manifest), []
-        earlier = [date for date in self._publisher.nights() if date < self._date]
-        before = day_from(self._publisher.read_night(earlier[-1]).get("day")) if earlier else None
+        earlier = (date for date in reversed(self._publisher.nights()) if date < self._date)
+        days = ((date, day_from(self._publisher.read_night(date).get("day"))) for date in earlier)
+        against, before = next((known for known in days if known[1] is not None), ("", None))
         if before is not None:
             found = changes(before, day, self._request.own.drift)
         for change in (c for c in found if c.large):
-            log.warning("drift: %s %.4g, %.4g on %s", change.of, change.now, change.before, earlier[-1])
-        drift = {"against": earlier[-1], "changes": [vars(c) | {"large": c.large} for c in found]} if found else None
+            log.warning("drift: %s %.4g, %.4g on %s", change.of, change.now, change.before, against)
+        drift = {"against": against, "changes": [vars(c) | {"large": c.large} for c in found]} if found else None
         self._note(day=asdict(day), drift=drift)
 
     def _published(self) -> Version | None:
@@ -199,11 +203,11 @@ class _Night:
         from cdr_dist.evaluation.report import page
         from cdr_dist.production.nightly_report import report_of_night
 
-        before = [self._publisher.read_night(d) for d in self._publisher.nights() if d < self._date]
         try:
+            before = [self._publisher.read_night(d) for d in self._publisher.nights() if d < self._date]
             self._publisher.write_page(self._date, page(report_of_night(self._known, before)))
-        except UserError as error:
-            log.warning("no page: %s", error)
+        except Exception as error:
+            log.warning("no page: %s: %s", type(error).__name__, error)
 
 
 def _scores(uri: str) -> Scores:

@@ -81,6 +81,8 @@ class Publisher:
         said = _read(uri) or {"dataset": "", "growing": ""}
         if said["growing"] and said["growing"] != growing and self._is_dataset(said["growing"]):
             said["dataset"] = self.dataset(said["growing"])
+        if said["dataset"] == self.dataset(growing) and not self._is_dataset(growing):  # removed, to be made again
+            said["dataset"] = said.get("before", "")
         if said["growing"] != growing:
             said["growing"] = growing
             with durable("nightly.grow"):
@@ -89,10 +91,12 @@ class Publisher:
 
     def grown(self, date: str) -> None:
         """The dataset of that night is complete: the next one goes on from it, unless a later one is there already."""
-        if (_read(storage.join(self.out, NEWEST_DATASET)) or {}).get("growing") != date:
+        said = _read(storage.join(self.out, NEWEST_DATASET)) or {}
+        if said.get("growing") != date:
             return
+        said = {"dataset": self.dataset(date), "growing": "", "before": said["dataset"]}
         with durable("nightly.grown"):
-            _write(storage.join(self.out, NEWEST_DATASET), {"dataset": self.dataset(date), "growing": ""})
+            _write(storage.join(self.out, NEWEST_DATASET), said)
 
     def read_night(self, date: str) -> dict[str, Any]:
         """What is known of a night; empty before it begins."""
