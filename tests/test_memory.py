@@ -19,10 +19,10 @@ from cdr_dist.training import worker
 from cdr_dist.training.job import train_job
 from cdr_dist.training.memory import GIB, PROCESS_BYTES, check_memory, check_memory_here, check_memory_of_cluster, need
 from cdr_dist.training.session import Session
-from tests.datasets import copied, edited, rated
+from tests.datasets import copied, edited, rated, sequenced
 from tests.problem import replaced
 from tests.processes import on_workers
-from tests.runs import words
+from tests.runs import SEQUENTIAL, words
 
 
 def of_rows(into, **rows):
@@ -95,6 +95,30 @@ def test_the_estimate_is_what_tables_and_copies_take(optimiser, workers, tmp_pat
     assert found[0] == wanted.tables
     assert wanted.copy == sum(found[0].values())
     assert all(of[table] <= wanted.tables[table] for of in found for table in of)
+
+
+@pytest.mark.parametrize(
+    ("given", "domains"),
+    [
+        (["recipe=joint"], ["target", "source"]),
+        (["recipe=target_only"], ["target"]),
+        ([*SEQUENTIAL, "recipe=pretrain"], ["target", "source"]),
+    ],
+    ids=["joint", "target_only", "pretrain"],
+)
+def test_the_categories_of_every_item_that_batches_are_made_of_are_counted(given, domains, tmp_path):
+    found = words(sequenced(), tmp_path / "run", *given)
+    (held,) = on_workers(1, categories, found)
+    assert list(held) == domains
+    config = from_words(found)
+    assert need(config, read_manifest(config.data)).categories == sum(held.values())
+
+
+def categories(_rank, given):
+    config = from_words(given)
+    session = Session(config, config.data)
+    session.close()
+    return {domain: of.nbytes for domain, of in session.builder.category_of.items()}
 
 
 def taken(rank, given):

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from cdr_dist.configuration import from_words
+from cdr_dist.data.feed import Feed
 from cdr_dist.embeddings import tables as tables_module
 from cdr_dist.embeddings.initialisation import normal_rows
 from cdr_dist.errors import UserError
@@ -35,6 +36,23 @@ from tests.processes import on_workers
 from tests.runs import KILLED, distances, lines, newest, same_run, steps_of, summary, tensors, train, words
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_speed_leaves_out_the_first_steps_of_every_start_and_what_they_waited_for(tmp_path, monkeypatch):
+    given = words(rated(), tmp_path / "run", "recipe=joint")
+    whole = Feed.peek
+
+    def slow(feed):
+        feed.waited_s += 5.0 * ((feed.place.epoch, feed.place.step) < (2, 18))
+        return whole(feed)
+
+    monkeypatch.setattr(Feed, "peek", slow)
+    for most, counted in ((18, False), (36, False), (60, True)):
+        train([*given, f"trainer.max_steps={most}"])
+        found = summary(tmp_path / "run")["throughput"]
+        assert (found["examples_per_s"] is not None) == counted
+    assert 0 <= found["stall_share"] < 1
+
 
 PLACES = {
     "inside a cycle": (4, 6, False),

@@ -89,6 +89,8 @@ class Loop:
         self._options = session.config.trainer
         self.progress = Progress(data_checksum=session.manifest.checksum)
         self.seconds = self.rows = 0.0
+        self._waited_before = session.waited_s
+        self._steps = 0  # of this start
         self.stopped = False
         self._saved_step = -1
         session.enter(self.phase.cycle)
@@ -230,8 +232,16 @@ class Loop:
         self._checkpoints.save(p)
         self._saved_step = p.step
 
+    @property
+    def waited_s(self) -> float:
+        """Of `seconds` those that were spent waiting for data."""
+        return self._session.waited_s - self._waited_before
+
     def _keep_time(self, seconds: float, update: Update) -> None:
-        if self.progress.step - self.progress.begun >= WARM_UP_STEPS:
+        self._steps += update.counts
+        if self._steps <= WARM_UP_STEPS:
+            self._waited_before = self._session.waited_s
+        else:
             self.seconds += seconds
             if update.counts:
                 batch = self._session.config.batch

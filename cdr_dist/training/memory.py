@@ -61,10 +61,12 @@ class Need:
 
 def need(config: TrainConfig, manifest: Manifest) -> Need:
     """Of the worker that holds the most rows."""
-    specs = table_specs(config, manifest, build_model(config))
+    model = build_model(config)
+    specs = table_specs(config, manifest, model)
     tables = {spec.name: _table_bytes(spec, config, max(config.trainer.workers, 1)) for spec in specs}
     copy = sum(tables.values()) if config.trainer.checkpoint == "background" else 0
-    domains = ("source", "target") if config.recipe.source else ("target",)
+    read = {*model.spec().features, *model.spec().sequences}
+    domains = ("source", "target") if any(f.startswith("source_") for f in read) else ("target",)
     return Need(config.trainer.device, tables, copy, sum(4 * manifest.rows[f"{d}_item"] for d in domains))
 
 

@@ -166,7 +166,7 @@ def _summary(
         "metrics": metrics,
         "throughput": {
             "examples_per_s": round(loop.rows / loop.seconds, 1) if loop.seconds else None,
-            "stall_share": round(session.waited_s / loop.seconds, 4) if loop.seconds else None,
+            "stall_share": round(loop.waited_s / loop.seconds, 4) if loop.seconds else None,
             "train_s": round(loop.seconds, 2),
             "checkpoint_stall_s": round(checkpoints.stalled_s, 3),
             "replica_fallbacks": session.replica_fallbacks(),
