@@ -139,7 +139,6 @@ def without_users(out, ids):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"target_domain": "films"}, "the target: t there, films here"),
         ({"source_domain": "films"}, "sources: s there, films here"),
         ({"extends": "nowhere"}, "nowhere: not a dataset"),
     ],
@@ -148,6 +147,22 @@ def test_another_dataset_is_refused(tmp_path, more, message):
     before, *_, logs = nights(tmp_path)
     with pytest.raises(UserError, match=message):
         run(tmp_path / "other", *logs, **({"extends": before.out} | more))
+
+
+def test_another_target_has_ids_of_its_own_and_users_and_source_keep_theirs(tmp_path, caplog):
+    caplog.set_level("INFO")
+    before, *_, (source, target) = nights(tmp_path)
+    films = [(user, f"f{item[1:]}", time, rating) for user, item, time, rating in target]
+    after, manifest = run(tmp_path / "films", source, films, extends=before.out, target_domain="films")
+    alone, _ = run(tmp_path / "alone", source, films, target_domain="films")
+    assert "its target is t, so the ids of films are new" in caplog.text
+    for name in VOCABULARIES:
+        old, new = keys_of(before.out, name), keys_of(after.out, name)
+        if name.startswith("target"):
+            assert new == keys_of(alone.out, name)
+            assert manifest.rows[name] == len(new)
+        else:
+            assert new.items() > old.items() or new == old
 
 
 def test_a_dataset_of_declared_columns_is_refused_by_one_without(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from cdr_dist.configuration import from_words
 from cdr_dist.data.dataset import FIRST_ID, SEQUENCES, read_manifest
 from cdr_dist.data.prepare import prepare
-from cdr_dist.data.prepare_options import PrepareOptions
+from cdr_dist.data.prepare_options import PrepareOptions, options_from_words
 from cdr_dist.data.synthetic import planted_logs
 from cdr_dist.errors import UserError
 from cdr_dist.models.nextitnet import NextItNet
@@ -27,7 +27,7 @@ from cdr_dist.training.comparison import compare, text
 from cdr_dist.training.evaluation_job import evaluation_job
 from cdr_dist.training.report import report_of
 from cdr_dist.training.run_folder import SCORES, RunFolder
-from tests.datasets import SHAPE, sequenced
+from tests.datasets import SHAPE, scratch, sequenced
 from tests.runs import KILLED, summary, tensors, train
 from tests.test_transfer_runs import _checked, finished, given, pretrained
 
@@ -233,6 +233,24 @@ def test_the_way_of_transfer_of_the_document_trains_norms_alone(
     moved = {name.rsplit(".", 2)[1] for name in blocks if not torch.equal(before[name], after[name])}
     assert moved == {"norm1", "norm2"}
     assert torch.equal(before["tables.source_item.weights"], after["tables.source_item.weights"])
+
+
+def test_one_pre_trained_encoder_serves_another_target_whose_dataset_extends_its_own(tmp_path: Path) -> None:
+    """As docs/transfer.md says: source items keep their ids, and what fine-tuning does not train its values."""
+    before = tensors(pretrained())
+    logs = pl.read_parquet(scratch() / "sequenced-logs" / "target.parquet")
+    logs.with_columns(item_id="book " + pl.col("item_id")).write_parquet(tmp_path / "books.parquet")
+    made = ["labels=sampled", "eval_negatives=5", "sequences=8", "history_length=8", "split=user"]
+    source = f"source={scratch()}/sequenced-logs/source.parquet"
+    options = [source, f"target={tmp_path}/books.parquet", *made, f"extends={sequenced()}", f"out={tmp_path}/data"]
+    prepare(options_from_words(options))
+    found = [w for w in given(tmp_path / "run", "finetune_cls", f"warm_start.run={pretrained()}") if w[:5] != "data="]
+    train([*found, f"data={tmp_path}/data"])
+    after = tensors(tmp_path / "run")
+    assert torch.equal(before["tables.source_item.weights"], after["tables.source_item.weights"])
+    assert "started" in summary(tmp_path / "run")
+    with pytest.raises(UserError, match=r"target_item \d+ was \S+ in .* and is book \S+ now"):
+        evaluation_job([f"run={fine_tuned()}", f"data={tmp_path}/data"])
 
 
 def test_a_run_that_was_never_validated_says_what_to_do(tmp_path: Path) -> None:

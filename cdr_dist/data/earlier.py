@@ -1,4 +1,7 @@
-"""The vocabularies of an earlier dataset that a new one extends: an id never changes, new keys come behind."""
+"""The vocabularies of an earlier dataset that a new one extends: an id never changes, new keys come behind.
+
+Of another target domain, users and source items keep their ids, and the target's items are new.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,22 @@ class Numbered:
 
 
 class Earlier:
-    """A dataset folder's vocabularies, each read when it is asked for."""
+    """A dataset folder's vocabularies, each read when it is asked for. target: the name of the new one's."""
 
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
+    def __init__(self, folder: str, target: str) -> None:
+        self._folder, self._target = folder, target
 
     @cached_property
     def manifest(self) -> Manifest:
         return read_manifest(self._folder)
 
+    def knows(self, role: str) -> bool:
+        """Whether the items of a role are of the same domain."""
+        return role != "target" or self.manifest.target_domain == self._target
+
     def numbered(self, name: str) -> Numbered:
+        if not self.knows(name.partition("_")[0]):
+            return Numbered.nothing()
         return Numbered(self._read(name).select("key", "id"), self.manifest.rows[name])
 
     def items(self, role: str) -> pl.DataFrame:
@@ -50,15 +59,13 @@ class Earlier:
             found.append(read[column].list.eval(text.drop_nulls()))
         return pl.DataFrame(found)
 
-    def check(self, sources: list[str], target: str, features: dict[str, list[str]]) -> None:
-        """UserError: a dataset of other domains or declared columns, whose ids say something else."""
+    def check(self, sources: list[str], features: dict[str, list[str]]) -> None:
+        """UserError: a dataset of other sources or declared columns, whose ids say something else."""
         for what, earlier, now in (
             ("sources", self.manifest.sources, sources),
-            ("the target", [self.manifest.target_domain], [target]),
-            ("source features", self.manifest.features["source"], features["source"]),
-            ("target features", self.manifest.features["target"], features["target"]),
+            *((f"{role} features", self.manifest.features[role], features[role]) for role in features),
         ):
-            if earlier != now:
+            if earlier != now and self.knows(what.partition(" ")[0]):
                 shown = [", ".join(names) or "none" for names in (earlier, now)]
                 raise UserError(f"extends={self._folder}: {what}: {shown[0]} there, {shown[1]} here")
 

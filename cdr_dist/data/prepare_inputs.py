@@ -62,10 +62,14 @@ def inputs_of(options: PrepareOptions) -> Inputs:
     plain = {uri for uri in sizes if source.is_text(uri) and not uri.endswith(".gz")}
     text = sum(size if uri in plain else COMPRESSION * size for uri, size in sizes.items())
     count = options.partitions or min(MOST_PARTITIONS, -(-text // PARTITION_BYTES))
-    earlier = Earlier(options.extends) if options.extends else None
+    target = domains["target"][0].name
+    earlier = Earlier(options.extends, target) if options.extends else None
     if earlier is not None:
         features = {role: list(options.features_of(role)) for role in domains}
-        earlier.check([domain.name for domain in domains["source"]], domains["target"][0].name, features)
+        earlier.check([domain.name for domain in domains["source"]], features)
+        if not earlier.knows("target"):
+            was = earlier.manifest.target_domain
+            log.info("extends=%s: its target is %s, so the ids of %s are new", options.extends, was, target)
     return Inputs(domains, {role: sum(sizes[u] for u in uris) for role, uris in files.items()}, max(1, count), earlier)
 
 

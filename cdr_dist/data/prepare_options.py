@@ -139,7 +139,9 @@ class PrepareOptions:
     since: int | None = option(None, "behaviours with an earlier timestamp are left out")
     until: int | None = option(None, "behaviours with this timestamp or a later one are left out")
     extends: str = option(
-        "", "an earlier dataset: its users, items and categories keep their ids, new ones come behind"
+        "",
+        "an earlier dataset: its users, items and categories keep their ids, new ones come behind; of another target "
+        "domain those of users and source",
     )
     forgotten: str = option(
         "", "a dataset's forgotten.json (jobs/forget.py): whose behaviours are left out; with extends= its own counts"

@@ -59,7 +59,7 @@ def merge_items(
     if described is not None:
         merged = merged.join(described, on="item_id", how="left", maintain_order="left", suffix="_described")
         merged = merged.with_columns(pl.coalesce("category_described", "category").alias("category"))
-    if earlier is not None:
+    if earlier is not None and earlier.knows(domain):
         merged = _with_earlier(merged, earlier.items(domain))
     merged = merged.with_columns(pl.col("category").fill_null(_others(options, domain)))
 
