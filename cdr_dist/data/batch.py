@@ -85,6 +85,7 @@ class Batch:
     user: Tensor
     example: Tensor
     global_rows: int
+    group: int = 1  # rows after one another that belong together: a positive and its negatives
     candidates: Mapping[str, Candidates] = field(default_factory=dict)
     draws: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
@@ -97,7 +98,7 @@ class Batch:
         moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
         for name in ("histories", "candidates"):
             moved[name] = {domain: of.to(device) for domain, of in getattr(self, name).items()}
-        return Batch(**moved, global_rows=self.global_rows)
+        return Batch(**moved, global_rows=self.global_rows, group=self.group)
 
 
 class BatchBuilder:
@@ -365,6 +366,7 @@ class BatchBuilder:
             user=_filled(stored["user"][row], rows, torch.int64),
             example=_filled(stored["example_id"][row], rows, torch.int64),
             global_rows=global_rows,
+            group=1 + k if len(row) else 1,
             label=_filled(label, rows, torch.float32),
             source_label=_filled(source_label, rows, torch.float32),
             weight=_filled(np.ones(len(row)), rows, torch.float32),
@@ -540,7 +542,7 @@ def _split(whole: Batch, stored: Sequence[int], global_rows: Sequence[int]) -> l
     of = {name: getattr(whole, name).split(sizes) for name in _COLUMNS}
     parts = zip(_split_train(whole.train, sizes), global_rows, strict=True)
     return [
-        Batch(train=train, histories={}, global_rows=rows, **{name: of[name][i] for name in _COLUMNS})
+        Batch(train=train, histories={}, global_rows=rows, group=whole.group, **{n: of[n][i] for n in _COLUMNS})
         for i, (train, rows) in enumerate(parts)
     ]
 

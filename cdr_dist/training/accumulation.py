@@ -58,7 +58,7 @@ def backward_in_parts(
     flows = weighed is not None and weighed.requires_grad
     constant = None if weighed is None else weighed.detach().requires_grad_(flows)
     sums: list[Tensor] = []
-    copies = len(batch) // len(next(iter(batch.histories.values()))) if batch.histories else 1
+    copies = len(batch) // len(next(iter(batch.histories.values()))) if batch.histories else batch.group
     for start, stop in _bounds(len(batch) // copies, parts):
         some = slice(start * copies, stop * copies)
         # The rows of histories are those of the whole batch: which of them a part uses is not worth finding out.
