@@ -20,6 +20,7 @@ OVERFITS = ["tables.lr=0.5", "dense.lr=0.02", "evaluation.metric=logloss"]
 def job(monkeypatch, capsys):
     def run(*given):
         monkeypatch.setattr("sys.argv", ["evaluate.py", *given])
+        capsys.readouterr()  # what TorchRec said while the run was trained
         code = run_job("evaluate", None, evaluation_job)
         captured = capsys.readouterr()
         return code, captured.out, captured.err

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cdr_dist.data import storage
-from cdr_dist.data.batch import item_categories
 from cdr_dist.data.dataset import UNKNOWN, VOCABULARIES, read_manifest
+from cdr_dist.data.item_columns import item_categories
 from cdr_dist.data.keys import Keys
 from cdr_dist.data.prepare import PrepareOptions, prepare
 from cdr_dist.errors import UserError

@@ -1,4 +1,4 @@
-"""The table of results: what stands in it, and that it is aligned Markdown."""
+"""Runs collected into methods, and tables as aligned Markdown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from cdr_dist.errors import UserError
-from cdr_dist.evaluation.table import markdown, result_table, summarise
+from cdr_dist.evaluation.table import markdown, summarise
 
 AUCS = {
     "target_only": [0.70, 0.72, 0.71],
@@ -26,72 +26,60 @@ def runs():
     return [summary(recipe, seed, auc) for recipe, aucs in AUCS.items() for seed, auc in enumerate(aucs)]
 
 
-def cells(table):
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-
-
-def test_table_holds_mean_sd_relative_improvement_and_p():
-    header, rule, *rows = cells(result_table(runs(), against="biao"))
-    assert header == ["model", "recipe", "seeds", "test auc", "test logloss", "RelaImpr", "p against biao"]
-    assert rule[1].strip("-") == ""
-    assert rule[3].strip("-") == ":"
-    p = [scipy.stats.ttest_rel(AUCS[recipe], AUCS["biao"]).pvalue for recipe in ("target_only", "joint")]
-    assert rows == [
-        ["conet", "target_only", "3", "0.7100 ± 0.0100", "0.6000 ± 0.0000", "+0.00%", f"{p[0]:.4f}"],
-        ["conet", "joint", "3", "0.7033 ± 0.0153", "0.6000 ± 0.0000", "-3.17%", f"{p[1]:.4f}"],
-        ["conet", "biao", "3", "0.7400 ± 0.0100", "0.6000 ± 0.0000", "+14.29%", "-"],
-    ]
-
-
-def test_every_line_is_as_wide_as_the_others():
-    lines = result_table(runs(), against="biao").splitlines()
-    assert len(lines) == 5
-    assert len({len(line) for line in lines}) == 1
-    assert all(line.startswith("| ") and line.endswith(" |") for line in lines)
+def test_methods_have_means_relative_improvement_and_p():
+    found = {method.recipe: method for method in summarise(runs(), against="biao")}
+    assert list(found) == ["target_only", "joint", "biao"]
+    assert [method.mean("auc") for method in found.values()] == pytest.approx([0.71, 0.70333333, 0.74])
+    assert list(found["biao"].values) == ["auc", "logloss"], "counts are no metrics"
+    improved = [method.relative_improvement for method in found.values()]
+    assert improved == pytest.approx([0.0, -3.1746, 14.2857], abs=1e-4)
+    for recipe in ("target_only", "joint"):
+        p = scipy.stats.ttest_rel(AUCS[recipe], AUCS["biao"]).pvalue
+        assert found[recipe].comparison.p == pytest.approx(p)
 
 
 def test_order_of_the_runs_does_not_change_which_seeds_are_paired():
     backwards = [run for recipe in AUCS for run in reversed(runs()) if run["recipe"] == recipe]
-    assert result_table(backwards, against="biao") == result_table(runs(), against="biao")
+    one, other = (summarise(given, metrics=["auc"], against="biao") for given in (runs(), backwards))
+    assert [m.comparison for m in one] == [m.comparison for m in other]
 
 
 def test_pairs_are_the_seeds_that_both_methods_have():
-    table = result_table([run for run in runs() if (run["recipe"], run["seed"]) != ("biao", 1)], against="biao")
-    p = scipy.stats.ttest_rel([0.69, 0.72], [0.74, 0.75]).pvalue
-    assert cells(table)[3][-1] == f"{p:.4f} (n=2)"
+    some = [run for run in runs() if (run["recipe"], run["seed"]) != ("biao", 1)]
+    joint = summarise(some, against="biao")[1].comparison
+    assert joint.p == pytest.approx(scipy.stats.ttest_rel([0.69, 0.72], [0.74, 0.75]).pvalue)
+    assert joint.n == 2
 
 
 def test_one_seed_has_no_sd_and_no_p():
-    rows = cells(result_table([run for run in runs() if run["seed"] == 0], metrics=["auc"], against="biao"))[2:]
-    assert rows[1] == ["conet", "joint", "1", "0.6900", "-5.00%", "-"]
+    joint = summarise([run for run in runs() if run["seed"] == 0], metrics=["auc"], against="biao")[1]
+    assert math.isnan(joint.sd("auc"))
+    assert math.isnan(joint.comparison.p)
 
 
 def test_models_and_datasets_are_kept_apart():
     both = [summary(recipe, 0, auc, model=model, data={"name": name})
             for name in ("beauty", "sports") for model in ("conet", "minet")
             for recipe, auc in (("target_only", 0.6 if name == "beauty" else 0.7), ("biao", 0.8))]  # fmt: skip
-    header, _, *rows = cells(result_table(both, metrics=["auc"]))
-    assert header == ["data", "model", "recipe", "seeds", "test auc", "RelaImpr"]
-    assert [row[:3] for row in rows[:4]] == [
-        ["beauty", "conet", "target_only"],
-        ["beauty", "conet", "biao"],
-        ["beauty", "minet", "target_only"],
-        ["beauty", "minet", "biao"],
+    found = summarise(both, metrics=["auc"])
+    assert [(m.data, m.model, m.recipe) for m in found[:4]] == [
+        ("beauty", "conet", "target_only"),
+        ("beauty", "conet", "biao"),
+        ("beauty", "minet", "target_only"),
+        ("beauty", "minet", "biao"),
     ]
-    assert [row[-1] for row in rows] == ["+0.00%", "+200.00%"] * 2 + ["+0.00%", "+50.00%"] * 2
+    assert [m.relative_improvement for m in found] == pytest.approx([0, 200] * 2 + [0, 50] * 2)
 
 
-def test_missing_values_and_methods_are_dashes():
+def test_missing_values_are_no_numbers():
     run = summary("biao", 0, None)
     run["metrics"]["test"]["unseen"] = {"user": 0.1}  # a breakdown is no metric
     other = summary("joint", 0, 0.7)
     other["metrics"]["test"]["gauc"] = 0.65
-    header, _, *rows = cells(result_table([run, other]))
-    assert header == ["model", "recipe", "seeds", "test auc", "test logloss", "test gauc", "RelaImpr"]
-    assert rows == [
-        ["conet", "biao", "1", "-", "0.6000", "-", "-"],
-        ["conet", "joint", "1", "0.7000", "0.6000", "0.6500", "-"],
-    ]
+    biao, joint = summarise([run, other])
+    assert list(biao.values) == ["auc", "logloss", "gauc"]
+    assert (math.isnan(biao.mean("auc")), math.isnan(biao.mean("gauc")), joint.mean("gauc")) == (True, True, 0.65)
+    assert math.isnan(joint.relative_improvement)
 
 
 def test_methods_can_be_read_as_data():
@@ -114,12 +102,14 @@ def test_methods_can_be_read_as_data():
 )
 def test_mistakes_are_named(change, arguments, message):
     with pytest.raises(UserError) as error:
-        result_table(runs() + change, **arguments)
+        summarise(runs() + change, **arguments)
     assert message in str(error.value)
 
 
-def test_no_runs_is_a_table_without_rows():
-    assert len(result_table([]).splitlines()) == 2
+def test_every_line_is_as_wide_as_the_others():
+    lines = markdown(["model", "seeds"], [["conet", "3"], ["a longer one", "12,000"]]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert (lines[1][:5], lines[1][-3:]) == ("| ---", ": |")
 
 
 def test_markdown_escapes_bars():

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from cdr_dist.configuration import from_words
-from cdr_dist.data.batch import item_categories
 from cdr_dist.data.dataset import read_manifest
+from cdr_dist.data.item_columns import item_categories
 from cdr_dist.data.prepare import PrepareOptions, prepare
 from cdr_dist.errors import UserError
 from cdr_dist.training.evaluation_job import evaluate_run, evaluation_job

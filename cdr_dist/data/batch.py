@@ -10,14 +10,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cdr_dist.data import storage
+from cdr_dist.data import keyed
 from cdr_dist.data.candidates import Candidates, CandidateSampler
 from cdr_dist.data.dataset import PADDING, SEQUENCES, UNKNOWN, USERS, Manifest
 from cdr_dist.data.feature_names import (
@@ -32,7 +30,7 @@ from cdr_dist.data.feature_names import (
 from cdr_dist.data.hashing import integers, key, mix, uniform
 from cdr_dist.data.histories import History
 from cdr_dist.data.hold_out import HoldOut, Split
-from cdr_dist.data.lists import Lists
+from cdr_dist.data.item_columns import item_categories, item_counts, item_values
 from cdr_dist.data.negatives import draw_negatives
 from cdr_dist.data.options import BatchOptions, SoftmaxOptions
 from cdr_dist.data.stored_rows import StoredRows
@@ -235,7 +233,7 @@ class BatchBuilder:
         example = _filled(rows.stored["example_id"], max(1, len(rows.stored)), torch.int64)
         label = torch.zeros(len(example))
         return Batch(
-            train=_of_any_length(ids),
+            train=keyed.of_any_length(ids),
             histories=histories,
             label=label,
             source_label=label,
@@ -358,7 +356,7 @@ class BatchBuilder:
             features = {n: np.zeros(1, dtype=np.int64) for n in features}
         rows = max(len(row), 1)
         return Batch(
-            train=_one_id_a_row(features),
+            train=keyed.one_id_a_row(features),
             histories={},
             source_valid=_filled(valid, rows, torch.bool),
             source_before=_filled(before, rows, torch.int64),
@@ -374,9 +372,9 @@ class BatchBuilder:
 
     def target_items(self, item: NDArray[np.int64]) -> KeyedJaggedTensor:
         """The features of target items [n], without rows to which they belong."""
-        features = _one_id_a_row({"target_item": item, "target_category": self._of("target", item)})
+        features = keyed.one_id_a_row({"target_item": item, "target_category": self._of("target", item)})
         bags = {f: self._bag(f, item) for f in self._bags if of_target_item(f)}
-        return _with_more(features, bags) if bags else features
+        return keyed.with_more(features, bags) if bags else features
 
     def _completed(self, batch: Batch, stored: StoredRows, place: Place) -> Batch:
         (histories,) = self._histories_of(stored, [len(stored)])
@@ -390,7 +388,7 @@ class BatchBuilder:
             domain = feature.partition("_")[0]
             item = histories[domain].item if of_history(feature) else batch.train[f"{domain}_item"].values()
             more[feature] = self._bag(feature, item.numpy())
-        train = _with_more(batch.train, more) if more else batch.train
+        train = keyed.with_more(batch.train, more) if more else batch.train
         return replace(batch, train=train, histories=histories, candidates=candidates, draws=draws)
 
     def _more(
@@ -497,72 +495,16 @@ class _Copies:
         self.row, self.copy = np.repeat(np.arange(rows), each), np.tile(np.arange(each), rows)
 
 
-def item_categories(folder: str, manifest: Manifest, domain: str) -> NDArray[np.int32]:
-    """The category id of every item id of a domain [rows]; an unknown item's is unknown."""
-    uri = storage.join(folder, manifest.vocab[f"{domain}_item"].path)
-    with storage.naming(uri):
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)), columns=["id", "category"])
-    found = np.full(manifest.rows[f"{domain}_item"], PADDING, dtype=np.int32)
-    found[UNKNOWN] = UNKNOWN
-    found[table.column("id").to_numpy()] = table.column("category").to_numpy()
-    return found
-
-
-def item_counts(folder: str, manifest: Manifest, domain: str) -> NDArray[np.int64]:
-    """How often every item id of a domain occurs in training [rows]; 0 for the reserved ids."""
-    uri = storage.join(folder, manifest.vocab[f"{domain}_item"].path)
-    with storage.naming(uri):
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)), columns=["id", "count"])
-    found = np.zeros(manifest.rows[f"{domain}_item"], dtype=np.int64)
-    found[table.column("id").to_numpy()] = table.column("count").to_numpy()
-    return found
-
-
-def item_values(folder: str, manifest: Manifest, domain: str, columns: Sequence[str]) -> dict[str, Lists]:
-    """Declared column -> the value ids of every item id of a domain; an unknown item has none."""
-    if not columns:
-        return {}
-    uri = storage.join(folder, manifest.vocab[f"{domain}_item"].path)
-    with storage.naming(uri):
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)), columns=["id", *columns])
-    rows, ids = manifest.rows[f"{domain}_item"], table.column("id").to_numpy()
-    found = {}
-    for column in columns:
-        lists = table.column(column).combine_chunks()
-        lengths = np.zeros(rows, dtype=np.int64)
-        lengths[ids] = np.diff(lists.offsets.to_numpy())  # ids ascend
-        found[column] = Lists.jagged(lists.flatten().to_numpy().astype(np.int32), lengths)
-    return found
-
-
 def _split(whole: Batch, stored: Sequence[int], global_rows: Sequence[int]) -> list[Batch]:
     """Batches of so many stored rows each, one after the other."""
     each = len(whole) // sum(stored)
     sizes = [n * each for n in stored]
     of = {name: getattr(whole, name).split(sizes) for name in _COLUMNS}
-    parts = zip(_split_train(whole.train, sizes), global_rows, strict=True)
+    parts = zip(keyed.split(whole.train, sizes), global_rows, strict=True)
     return [
         Batch(train=train, histories={}, global_rows=rows, group=whole.group, **{n: of[n][i] for n in _COLUMNS})
         for i, (train, rows) in enumerate(parts)
     ]
-
-
-def _split_train(train: KeyedJaggedTensor, sizes: Sequence[int]) -> list[KeyedJaggedTensor]:
-    keys = train.keys()
-    columns = train.values().view(len(keys), -1).split(list(sizes), dim=1)
-    return [_ones(keys, values.reshape(-1)) for values in columns]
-
-
-def _of_any_length(features: Mapping[str, Tensor]) -> KeyedJaggedTensor:
-    """One id a row, of a number of rows that differs between the features."""
-    each = [len(of) for of in features.values()]
-    return KeyedJaggedTensor(
-        keys=list(features),
-        values=torch.cat(list(features.values())),
-        lengths=torch.ones(sum(each), dtype=torch.int32),
-        length_per_key=each,
-        stride_per_key_per_rank=[[n] for n in each],
-    )
 
 
 def _expanded(rows: int, k: int) -> tuple[NDArray, NDArray]:
@@ -573,28 +515,3 @@ def _filled(values: NDArray, rows: int, dtype: torch.dtype) -> Tensor:
     if len(values) == rows:
         return torch.from_numpy(np.ascontiguousarray(values)).to(dtype)
     return torch.zeros(rows, dtype=dtype)
-
-
-def _one_id_a_row(features: Mapping[str, NDArray]) -> KeyedJaggedTensor:
-    names: Sequence[str] = list(features)
-    return _ones(names, torch.from_numpy(np.concatenate([features[n] for n in names]).astype(np.int64)))
-
-
-def _with_more(features: KeyedJaggedTensor, more: Mapping[str, tuple[Tensor, Tensor | None]]) -> KeyedJaggedTensor:
-    """Features of other numbers of rows behind those that a batch has: ids and their lengths (None: one id a row)."""
-    ones = {f: torch.ones(len(ids), dtype=torch.int32) for f, (ids, _) in more.items()}
-    lengths = [ones[f] if of is None else of for f, (_, of) in more.items()]
-    each = features.length_per_key()
-    return KeyedJaggedTensor(
-        keys=[*features.keys(), *more],
-        values=torch.cat([features.values(), *(ids for ids, _ in more.values())]),
-        lengths=torch.cat([features.lengths(), *lengths]),
-        length_per_key=[*each, *(len(ids) for ids, _ in more.values())],
-        stride_per_key_per_rank=[[n] for n in [*each, *map(len, lengths)]],
-    )
-
-
-def _ones(keys: Sequence[str], values: Tensor) -> KeyedJaggedTensor:
-    each = [len(values) // len(keys)] * len(keys)
-    lengths = torch.ones(len(values), dtype=torch.int32)
-    return KeyedJaggedTensor(keys=list(keys), values=values, lengths=lengths, length_per_key=each)

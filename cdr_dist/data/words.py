@@ -46,6 +46,17 @@ def values_of(words: list[str], fields: Fields) -> dict[str, Any]:
     return given
 
 
+def words_of(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
+    """The words of a job that knows few options. UserError: another one."""
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        check(bool(equals), f"'{word}': options are written key=value")
+        check(name in known, f"{name}: unknown option; {nearest(name, list(known))}")
+        found[name] = value
+    return found
+
+
 def apart(words: Sequence[str], own: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """The values of some names, over their defaults `own`, and the other words as they are."""
     found, rest = dict(own), []

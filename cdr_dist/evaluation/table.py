@@ -1,4 +1,4 @@
-"""A table of results: methods x metrics over seeds, as Markdown that also reads well on a terminal."""
+"""Runs collected into methods over seeds; tables as Markdown that also reads well on a terminal."""
 
 from __future__ import annotations
 
@@ -101,34 +101,6 @@ def summarise(
     ]
 
 
-def result_table(
-    summaries: Sequence[Mapping[str, Any]],
-    split: str = "test",
-    metrics: Sequence[str] | None = None,
-    single: str = "target_only",
-    against: str | None = None,
-) -> str:
-    """`summarise` as a Markdown table: mean ± sd of each metric, RelaImpr (with `auc`), p (with `against`).
-
-    A value there is none of is `-`; `(n=3)` after a p says that only 3 of the method's seeds could be paired.
-    """
-    methods = summarise(summaries, split, metrics, single, against)
-    columns = list(methods[0].values) if methods else list(metrics or ())
-    with_data = len({method.data for method in methods}) > 1
-    header = ["data"] * with_data + ["model", "recipe", "seeds"] + [f"{split} {metric}" for metric in columns]
-    header += ["RelaImpr"] * ("auc" in columns) + [f"p against {against}"] * (against is not None)
-    rows = []
-    for method in methods:
-        row = [method.data] * with_data + [method.model, method.recipe, str(len(method.seeds))]
-        row += [_mean_sd(method.mean(metric), method.sd(metric)) for metric in columns]
-        if "auc" in columns:
-            row.append(_or_dash(method.relative_improvement, "{:+.2f}%"))
-        if against is not None:
-            row.append(_p(method))
-        rows.append(row)
-    return markdown(header, rows, left=2 + with_data)
-
-
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """A Markdown table, also aligned as plain text: the first `left` columns to the left, the others right."""
     lines = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
@@ -140,19 +112,3 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1
 
     rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     return "\n".join(f"| {text(line)} |" for line in (lines[0], rule, *lines[1:]))
-
-
-def _mean_sd(mean: float, sd: float) -> str:
-    return _or_dash(mean, "{:.4f}") + ("" if math.isnan(sd) else f" ± {sd:.4f}")
-
-
-def _p(method: Method) -> str:
-    if method.comparison is None:
-        return "-"
-    p, n = method.comparison.p, method.comparison.n
-    paired = "" if n == len(method.seeds) else f" (n={n})"
-    return ("<0.0001" if p < 0.0001 else _or_dash(p, "{:.4f}")) + paired
-
-
-def _or_dash(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else form.format(value)

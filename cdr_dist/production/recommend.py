@@ -24,9 +24,9 @@ from torch import Tensor
 
 from cdr_dist.crash_points import durable
 from cdr_dist.data import storage
-from cdr_dist.data.batch import item_categories
 from cdr_dist.data.dataset import FIRST_ID, PADDING, USERS
 from cdr_dist.data.feature_names import is_shared, of_history, vocabulary_of
+from cdr_dist.data.item_columns import item_categories
 from cdr_dist.data.keys import Keys
 from cdr_dist.data.lanes import lanes_of
 from cdr_dist.data.stored_rows import StoredRows

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.demo import dataset_of
 from cdr_dist.data.shards import verify
-from cdr_dist.errors import UserError, nearest
+from cdr_dist.data.words import words_of
+from cdr_dist.errors import UserError
 from cdr_dist.training.best import best_of_run, check_knows_targets
 from cdr_dist.training.checkpoint import best_step
 from cdr_dist.training.launch import alone, quiet_libraries
@@ -24,7 +25,7 @@ OPTIONS = ("run", "split", "data", "scores", "full_ks", "full_exclude")
 def evaluation_job(words: Sequence[str]) -> None:
     """Words: run= (needed), split= (test), data= (another dataset), scores= (a Parquet file of every row's score),
     full_ks=, full_exclude=. Prints JSON."""
-    given = {"split": "test"} | options(words, OPTIONS)
+    given = {"split": "test"} | words_of(words, OPTIONS)
     if "run" not in given:
         raise UserError("run= is missing; see --help")
     one_of("split", given["split"], ("valid", "test"))
@@ -35,19 +36,6 @@ def evaluation_job(words: Sequence[str]) -> None:
     step, found = evaluate_run(given["run"], given["split"], given.get("scores"), ks, given.get("data"), exclude)
     said = {name: given[name] for name in ("run", "data") if name in given}
     print(json.dumps(said | {"step": step, "split": given["split"], "metrics": found}, indent=1))
-
-
-def options(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
-    """The words of a job that knows few options. UserError: another one."""
-    found = {}
-    for word in words:
-        name, separator, value = word.partition("=")
-        if not separator:
-            raise UserError(f"'{word}': options are written key=value")
-        if name not in known:
-            raise UserError(f"{name}: unknown option; {nearest(name, list(known))}")
-        found[name] = value
-    return found
 
 
 def _ks(given: str) -> list[int]:

@@ -18,13 +18,13 @@ from cdr_dist.data.demo import dataset_of
 from cdr_dist.data.keys import Keys
 from cdr_dist.data.shards import verify
 from cdr_dist.data.stored_rows import StoredRows
+from cdr_dist.data.words import words_of
 from cdr_dist.embeddings.workers import through_shared_memory
 from cdr_dist.errors import UserError
 from cdr_dist.evaluation.explanation import Behaviour, Explanation, as_html, as_text
 from cdr_dist.training.best import best_of_run
 from cdr_dist.training.checkpoint import best_step
 from cdr_dist.training.checks import build_updates
-from cdr_dist.training.evaluation_job import options
 from cdr_dist.training.explain import Scorer, finite, last_row_of, typical
 from cdr_dist.training.launch import absolute, alone, on_workers, quiet_libraries, with_workers
 from cdr_dist.training.memory import check_memory_here
@@ -39,7 +39,7 @@ SAMPLED_ROWS = 20_000
 
 def explanation_job(words: Sequence[str]) -> None:
     """Words: run= (needed); user=, with html=, or out=, with workers=; most= of either."""
-    given = options(words, OPTIONS)
+    given = words_of(words, OPTIONS)
     if "run" not in given:
         raise UserError("run= is missing; see --help")
     if ("user" in given) == ("out" in given):

@@ -5,23 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cdr_dist.data.demo import DEMOS, dataset_of, is_written
-from cdr_dist.errors import UserError, nearest
+from cdr_dist.data.words import words_of
+from cdr_dist.errors import UserError
 from cdr_dist.training.report import write_report
 from cdr_dist.training.run_folder import RunFolder
-
-OPTIONS = ("run",)
 
 
 def report_job(words: Sequence[str]) -> None:
     """Words: run= (needed). Prints where the report is."""
-    given = {}
-    for word in words:
-        name, separator, value = word.partition("=")
-        if not separator:
-            raise UserError(f"'{word}': options are written key=value")
-        if name not in OPTIONS:
-            raise UserError(f"{name}: unknown option; {nearest(name, list(OPTIONS))}")
-        given[name] = value
+    given = words_of(words, ("run",))
     if not given.get("run"):
         raise UserError("run= is missing; see --help")
     place = RunFolder(given["run"])

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cdr_dist.data.batch import item_categories
 from cdr_dist.data.dataset import FIRST_ID, read_manifest
 from cdr_dist.data.demo import dataset_of
 from cdr_dist.data.feature_names import DOMAINS, vocabulary_of
+from cdr_dist.data.item_columns import item_categories
 from cdr_dist.embeddings.workers import sum_over_workers
 from cdr_dist.training.checkpoint import Checkpoints, best_step
 from cdr_dist.training.checks import build_model
