@@ -222,7 +222,7 @@ def test_an_audit_of_two_sources_tries_them_apart_and_together(tmp_path, monkeyp
     logs.target.write_csv(tmp_path / "t.csv")
     logs.source.write_csv(tmp_path / "a.csv")
     logs.source.filter(pl.col("user_id") < "u000100").write_csv(tmp_path / "b.csv")
-    monkeypatch.setattr(module.experiment_runs, "places_of", lambda _: Here())
+    monkeypatch.setattr(module.experiment_runs, "places_of", lambda *_: Here())
     monkeypatch.setattr(module, "TRANSFER", {"biao": ["recipe=biao"]})  # two more would take twice as long
     given = [f"source={tmp_path}/a.csv,{tmp_path}/b.csv", f"target={tmp_path}/t.csv", f"out={tmp_path}/out"]
     module.audit_job([*given, *SMALL])
@@ -236,7 +236,7 @@ def test_an_audit_of_two_sources_tries_them_apart_and_together(tmp_path, monkeyp
 
 
 def test_of_sampled_labels_the_factorisation_is_bprs(tmp_path, monkeypatch):
-    monkeypatch.setattr(module.experiment_runs, "places_of", lambda _: Here())
+    monkeypatch.setattr(module.experiment_runs, "places_of", lambda *_: Here())
     monkeypatch.setattr(module, "TRANSFER", {"biao": ["recipe=biao"]})
     module.audit_job([f"data={sampled()}", f"out={tmp_path}", *SMALL])
     assert "| BPR-MF " in (tmp_path / "audit.md").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -265,6 +266,9 @@ def test_as_many_runs_at_once_as_there_are_cores_and_memory_for():
     assert parallel_of("auto", [one, two], Room(8, plenty)) == 1
     assert parallel_of("auto", [one, two], Room(13, plenty)) == 2
     assert parallel_of("5", [two], Room(1, 0)) == 5
+    cuda = from_words([data, "trainer.workers=2", "trainer.device=cuda"])
+    assert parallel_of("auto", [cuda], Room(64, plenty, gpus=6)) == 3
+    assert parallel_of("auto", [cuda], Room(64, plenty)) == 32, "a machine's own are not counted"
     of_one = need(one, read_manifest(str(datasets.rated()))).host
     assert 2**29 < of_one < 2**30, "else the next lines say nothing"
     assert parallel_of("auto", [one], Room(8, int(3.5 * 2**30))) == 3
@@ -439,20 +443,29 @@ def test_a_search_from_words_to_the_footnote(tmp_path):
     assert " ".join(best["biao"]["words"]) in text
 
 
+def _gpu(_words):
+    import ray
+
+    own = ray.get_runtime_context().get_assigned_resources()["GPU"]
+    return Ended(None, f"GPU {os.environ['CUDA_VISIBLE_DEVICES']} of {own}")
+
+
 @pytest.mark.ray
 def test_on_a_cluster_the_same_runs_are_ray_tasks(tmp_path, monkeypatch):
     import ray
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
     places = experiment_runs.RayTasks(Room(1, 2**30))
     words = [f"data={datasets.rated()}", "trainer.workers=0", "batch.size=64", "trainer.max_steps=5", "recipe=joint"]
     more = {"joint": [], "mistaken": ["evaluation.metric=hr@3"]}
     runs = {method: f"{tmp_path}/{method}" for method in more}
     todo = [Plan(Cell("d", "m", m), 1, run, [*words, *more[m], f"run={run}"]) for m, run in runs.items()]
     try:
-        assert places.room().cores == 2
+        assert places.room()[::2] == (2, 1)
         assert places.room().memory > 2**30
+        shared = experiment_runs.RayTasks(Room(1, 0, gpus=1), at_once=2, run=_gpu)
+        assert [outcome.ended.failure for outcome in run_all(todo, shared, 2, quiet=True)] == ["GPU 0 of 0.5"] * 2
         joint, mistaken = run_all(todo, places, 2, quiet=True)
     finally:
         places.close()

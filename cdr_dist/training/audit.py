@@ -221,7 +221,7 @@ def audit(request: Request, places: Places | None = None) -> Audited:
     runs = {one.name: str(request.out / "runs" / one.name) for one in both}
     seed = request.seeds.start - 1
     configs = [c for one in both for c in check_words(plans(one, [seed], runs[one.name], request.words))]
-    places = places or experiment_runs.places_of(configs)
+    places = places or experiment_runs.places_of(configs, request.parallel)
     try:
         at_once = parallel_of(request.parallel, configs, places.room())
         for one in both:

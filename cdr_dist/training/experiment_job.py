@@ -122,7 +122,7 @@ def experiment_job(words: Sequence[str], places: Places | None = None) -> int:
     domains = {label: _domains(words) for label, words in experiment.data.items()}
     request.out.mkdir(parents=True, exist_ok=True)
     with _stopped_by_sigterm():
-        places = places or experiment_runs.places_of(configs)
+        places = places or experiment_runs.places_of(configs, request.parallel)
         try:
             at_once = parallel_of(request.parallel, configs, places.room())
             best = _searched(request, places, at_once) if experiment.search else {}

@@ -5,6 +5,7 @@ A run that fails does not end the others: what became of each is an `Outcome`.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -27,6 +28,8 @@ from cdr_dist.errors import Stopped, UserError
 from cdr_dist.ray_cluster import connect
 from cdr_dist.training.experiment import Plan
 from cdr_dist.training.memory import GIB, free_bytes, need
+
+log = logging.getLogger(__name__)
 
 _CONTEXT: Any = multiprocessing.get_context("spawn")
 
@@ -57,10 +60,11 @@ class Outcome:
 
 
 class Room(NamedTuple):
-    """What a run takes, or what there is: cores, and bytes of main memory."""
+    """What a run takes, or what there is: cores, bytes of main memory, and GPUs (0: nobody counts them)."""
 
     cores: int
     memory: int
+    gpus: int = 0
 
 
 class Places(Protocol):
@@ -164,29 +168,34 @@ def parallel_of(given: str, configs: Sequence[TrainConfig], there: Room) -> int:
     if given != "auto":
         return int(given)
     largest = largest_of(configs)
-    return max(1, min(there.cores // largest.cores, there.memory // largest.memory))
+    fit = [there.cores // largest.cores, there.memory // largest.memory]
+    if largest.gpus and there.gpus:
+        fit.append(there.gpus // largest.gpus)
+    return max(1, min(fit))
 
 
 def largest_of(configs: Sequence[TrainConfig]) -> Room:
     """With all workers of a run. Each may be that of another run."""
     manifests: dict[str, Manifest] = {}
-    cores, memory = 1, GIB
+    cores, memory, gpus = 1, GIB, 0
     for config in configs:
         workers = max(config.trainer.workers, 1)
         if config.data not in manifests:
             manifests[config.data] = read_manifest(dataset_of(config.data))
         cores = max(cores, config.trainer.threads * workers)
         memory = max(memory, need(config, manifests[config.data]).host * workers)
-    return Room(cores, memory)
+        gpus = max(gpus, workers * (config.trainer.device == "cuda"))
+    return Room(cores, memory, gpus)
 
 
-def places_of(configs: Sequence[TrainConfig]) -> Places:
-    """Ray where RAY_ADDRESS names a cluster, otherwise this machine."""
+def places_of(configs: Sequence[TrainConfig], parallel: str = "auto") -> Places:
+    """Ray where RAY_ADDRESS names a cluster, otherwise this machine. parallel: as given; more runs than GPUs share
+    these."""
     if not os.environ.get("RAY_ADDRESS"):
         return Processes()
     own = [config for config in configs if config.trainer.workers == 0]
     # nothing for the task itself where the run's own workers have their share
-    return RayTasks(largest_of(own) if own else Room(0, 0))
+    return RayTasks(largest_of(own) if own else Room(0, 0), 0 if parallel == "auto" else int(parallel))
 
 
 class Processes:
@@ -255,22 +264,26 @@ def _serve(line: Connection, run: Run) -> None:
 
 
 class RayTasks:
-    """Tasks of the cluster at RAY_ADDRESS."""
+    """Tasks of the cluster at RAY_ADDRESS. at_once: how many share its GPUs where there are fewer; 0: nobody does."""
 
-    def __init__(self, task: Room) -> None:
+    def __init__(self, task: Room, at_once: int = 0, run: Run = run_one) -> None:
         import ray
 
         connect()
         threads = {"env_vars": {"OMP_NUM_THREADS": "1"}}
-        needs: dict[str, Any] = {"num_cpus": task.cores, "memory": task.memory or None}
-        self._task: Any = ray.remote(**needs, max_retries=0, runtime_env=threads)(run_one)
+        there = self.room().gpus
+        if task.gpus and not there:
+            log.warning("trainer.device=cuda: the cluster has no GPU yet; runs wait for one")
+        gpus = task.gpus if at_once * task.gpus <= there else task.gpus * max(there, 1) / at_once
+        needs: dict[str, Any] = {"num_cpus": task.cores, "memory": task.memory or None, "num_gpus": gpus}
+        self._task: Any = ray.remote(**needs, max_retries=0, runtime_env=threads)(run)
         self._running: dict[Any, int] = {}
 
     def room(self) -> Room:
         import ray
 
         of = ray.cluster_resources()
-        return Room(max(1, int(of.get("CPU", 1))), int(of.get("memory", 0)))
+        return Room(max(1, int(of.get("CPU", 1))), int(of.get("memory", 0)), int(of.get("GPU", 0)))
 
     def start(self, number: int, words: list[str]) -> None:
         self._running[self._task.remote(words)] = number
