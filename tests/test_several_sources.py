@@ -10,6 +10,8 @@ from cdr_dist.data.prepare import prepare
 from cdr_dist.data.prepare_options import options_from_words
 from cdr_dist.data.synthetic import Planted, planted_logs
 from cdr_dist.errors import UserError
+from cdr_dist.training.report_of_weights import section_of_weights
+from cdr_dist.training.run_folder import RunFolder
 from tests.datasets import rows_of
 from tests.runs import summary, train, words
 
@@ -108,4 +110,13 @@ def test_the_behaviours_of_every_source_are_weighed(raw, tmp_path):
     for source in ("a:", "b:"):
         of = found.filter(pl.col("key").str.starts_with(source))
         assert of["behaviours"].sum() > 0
+    section = section_of_weights(
+        RunFolder(str(tmp_path / "run")), summary(tmp_path / "run"), str(both), read_manifest(str(both))
+    )
+    (shown,) = [table for table in section.tables if table.caption == "By source domain"]
+    assert [row[0] for row in shown.rows] == ["a", "b"]
+    for name, mean, behaviours_ in shown.rows:
+        of = found.filter(pl.col("key").str.starts_with(f"{name}:"))
+        assert int(behaviours_) == of["behaviours"].sum()
+        assert float(mean) == pytest.approx((of["weight"] * of["behaviours"]).sum() / int(behaviours_), abs=1e-4)
         assert (of["weight"] > 0).all()

@@ -41,6 +41,8 @@ def section_of_weights(
     if storage.exists(place.file(BY_LENGTH)):
         charts.append(_by_length(_read(place, BY_LENGTH), mean))
     tables = [_truth(truth)] if truth else []
+    if manifest is not None and len(manifest.sources) > 1:
+        tables.append(_by_source(by_category, manifest.sources))
     return Section(
         "What counts: learned weights of source behaviours",
         f"Every source behaviour got a weight w; shown is w × B, with the batch's rows B. Over "
@@ -203,6 +205,17 @@ def _truth(truth: Mapping[str, Any]) -> Table:
     rows = [[kind, f"{means[kind]:.3f}"] for kind in KINDS if kind in means]
     rows.append(["AUC of helpful against harmful", "–" if truth["auc"] is None else f"{truth['auc']:.4f}"])
     return Table("Against the planted truth", ["Kind of source behaviour", "Mean weight × B"], rows)
+
+
+def _by_source(found: pl.DataFrame, sources: Sequence[str]) -> Table:
+    """Of several source domains, whose categories' names begin with the domain's."""
+    rows = []
+    for source in sources:
+        own = found.filter(pl.col("name").str.starts_with(f"{source}:"))
+        count = int(own["behaviours"].sum())
+        mean = f"{float((own['weight'] * own['behaviours']).sum()) / count:.4f}" if count else "–"
+        rows.append([source, mean, f"{count:,}"])
+    return Table("By source domain", ["Source", "Mean weight × B", "Behaviours"], rows)
 
 
 def _table(found: pl.DataFrame) -> Table:
