@@ -16,40 +16,47 @@ LISTS = {"target": [[4, 2], [], [2, 2, 7]], "source": [[5], [9, 3, 5], []]}
 """Of three histories; every one belongs to two rows."""
 
 
-def random_model(source=True):
+def random_model(source=True, features=()):
     torch.manual_seed(1)
-    model = MiNet(WIDTH, hidden=(6, 4), attention=5, rank=2, source=source).double()
+    model = MiNet(WIDTH, hidden=(6, 4), attention=5, rank=2, source=source, features=features).double()
     for p in model.parameters():
         torch.nn.init.normal_(p)
     return model
 
 
-def random_rows(rows=6):
+def random_rows(rows=6, features=()):
+    """features: columns of items, whose values a table has summed by now: one row an item."""
     torch.manual_seed(2)
-    tables = {t: torch.randn(10, WIDTH, dtype=torch.float64) for d in LISTS for t in (f"{d}_item", f"{d}_category")}
+    parts = ("item", "category", *features)
+    tables = {f"{d}_{part}": torch.randn(10, WIDTH, dtype=torch.float64) for d in LISTS for part in parts}
     categories = {d: [[i % 4 for i in row] for row in of] for d, of in LISTS.items()}
     histories = {d: history(of, categories[d]) for d, of in LISTS.items()}
-    names = ("user", "target_item", "target_category", "source_item", "source_category")
+    names = ("user", *tables)
     embedded = {f: torch.randn(rows, WIDTH, dtype=torch.float64) for f in names}
     for d, of in histories.items():
         embedded[f"{d}_history_item"] = tables[f"{d}_item"][of.item]
         embedded[f"{d}_history_category"] = tables[f"{d}_category"][of.category]
+        embedded |= {f"{d}_history_{column}": tables[f"{d}_{column}"][of.item] for column in features}
     return tables, embedded, SimpleNamespace(label=None, source_label=None, histories=histories, source_before=None)
 
 
-def by_hand(model, tables, embedded):
+def by_hand(model, tables, embedded, features=()):
     """Logits, row by row and position by position."""
+
+    def item_of(d, i):
+        of_item = [tables[f"{d}_{column}"][i] for column in features]
+        return torch.cat([tables[f"{d}_item"][i], tables[f"{d}_category"][i % 4], *of_item])
+
     p = dict(model.named_parameters())
     target, source = [], []
     for row in range(len(embedded["user"])):
         user = embedded["user"][row]
-        item = {d: torch.cat([embedded[f"{d}_{part}"][row] for part in ("item", "category")]) for d in LISTS}
+        parts = ("item", "category", *features)
+        item = {d: torch.cat([embedded[f"{d}_{part}"][row] for part in parts]) for d in LISTS}
         q, found = item["target"], {"user": user}
         for d in ("target", "source") if model.source else ("target",):
             name = f"{d}_attention"
-            rows = [
-                torch.cat([tables[f"{d}_item"][i], tables[f"{d}_category"][i % 4]]) for i in LISTS[d][row // COPIES]
-            ]
+            rows = [item_of(d, i) for i in LISTS[d][row // COPIES]]
             scores = []
             for r in rows:
                 moved = r
@@ -77,10 +84,11 @@ def tower(p, domain, x):
     return p[f"{domain}_head.weight"][0] @ x
 
 
+@pytest.mark.parametrize("features", [(), ("brand", "title")], ids=["ids", "columns"])
 @pytest.mark.parametrize("source", [True, False])
-def test_logits_are_those_of_a_plain_loop(source):
-    model, (tables, embedded, batch) = random_model(source), random_rows()
-    found, (target, of_source) = model(embedded, batch), by_hand(model, tables, embedded)
+def test_logits_are_those_of_a_plain_loop(source, features):
+    model, (tables, embedded, batch) = random_model(source, features), random_rows(features=features)
+    found, (target, of_source) = model(embedded, batch), by_hand(model, tables, embedded, features)
     torch.testing.assert_close(found.target_logit, target)
     assert (found.source_logit is None) == (not source)
     if source:
