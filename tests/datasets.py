@@ -87,7 +87,8 @@ def rows_of(dataset: Path, split: str) -> pl.DataFrame:
 
 @functools.cache
 def described() -> Path:
-    """`rated` with item files that name a brand and a title of some words for most items."""
+    """`rated` with item files that name a brand and a title of some words for most items, and a user file that names
+    a region and up to two hobbies of five in six users."""
     out, raw = scratch() / "described", scratch() / "described-logs"
     raw.mkdir()
     logs = planted_logs(SHAPE)
@@ -99,11 +100,16 @@ def described() -> Path:
         brands = [f"brand {n % 5}" if n % 6 else None for n in items["n"]]
         items = items.drop("n").with_columns(brand=pl.Series(brands, dtype=pl.String), title=pl.Series(words))
         items.write_parquet(raw / f"{domain}_items.parquet")
+    users = logs.target.select("user_id").unique().sort("user_id").with_row_index("n").filter(pl.col("n") % 6 > 0)
+    users = users.with_columns(region="region " + (pl.col("n") % 4).cast(pl.String))
+    users = users.with_columns(hobbies=pl.concat_str("h" + (pl.col("n") % 3).cast(pl.String), pl.lit("|chess")))
+    users.drop("n").write_parquet(raw / "users.parquet")
     prepare(
         options_from_words(
             [f"{role}={raw}/{role}.parquet" for role in ("source", "target")]
             + [f"{role}_items={raw}/{role}_items.parquet" for role in ("source", "target")]
             + [f"out={out}", f"rows_per_shard={USERS}", "item_columns.features=brand,title:words"]
+            + [f"user_file={raw}/users.parquet", "user_columns.features=region,hobbies:|"]
         )
     )
     return out

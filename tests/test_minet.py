@@ -18,7 +18,10 @@ LISTS = {"target": [[4, 2], [], [2, 2, 7]], "source": [[5], [9, 3, 5], []]}
 
 def random_model(source=True, features=()):
     torch.manual_seed(1)
-    model = MiNet(WIDTH, hidden=(6, 4), attention=5, rank=2, source=source, features=features).double()
+    users = [f"user {column}" for column in features]  # two columns of items, two of users
+    model = MiNet(
+        WIDTH, hidden=(6, 4), attention=5, rank=2, source=source, features=features, user_features=users
+    ).double()
     for p in model.parameters():
         torch.nn.init.normal_(p)
     return model
@@ -31,7 +34,7 @@ def random_rows(rows=6, features=()):
     tables = {f"{d}_{part}": torch.randn(10, WIDTH, dtype=torch.float64) for d in LISTS for part in parts}
     categories = {d: [[i % 4 for i in row] for row in of] for d, of in LISTS.items()}
     histories = {d: history(of, categories[d]) for d, of in LISTS.items()}
-    names = ("user", *tables)
+    names = ("user", *tables, *(f"user_user {column}" for column in features))
     embedded = {f: torch.randn(rows, WIDTH, dtype=torch.float64) for f in names}
     for d, of in histories.items():
         embedded[f"{d}_history_item"] = tables[f"{d}_item"][of.item]
@@ -50,7 +53,7 @@ def by_hand(model, tables, embedded, features=()):
     p = dict(model.named_parameters())
     target, source = [], []
     for row in range(len(embedded["user"])):
-        user = embedded["user"][row]
+        user = torch.cat([embedded[name][row] for name in ("user", *(f"user_user {c}" for c in features))])
         parts = ("item", "category", *features)
         item = {d: torch.cat([embedded[f"{d}_{part}"][row] for part in parts]) for d in LISTS}
         q, found = item["target"], {"user": user}

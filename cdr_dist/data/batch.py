@@ -22,6 +22,7 @@ from cdr_dist.data.feature_names import (
     DOMAINS,
     HISTORY_FEATURES,
     SHARED_FEATURES,
+    USER,
     column_of,
     is_bag,
     of_history,
@@ -30,7 +31,7 @@ from cdr_dist.data.feature_names import (
 from cdr_dist.data.hashing import integers, key, mix, uniform
 from cdr_dist.data.histories import History
 from cdr_dist.data.hold_out import HoldOut, Split
-from cdr_dist.data.item_columns import item_categories, item_counts, item_values
+from cdr_dist.data.item_columns import item_categories, item_counts, values_of
 from cdr_dist.data.negatives import draw_negatives
 from cdr_dist.data.options import BatchOptions, SoftmaxOptions
 from cdr_dist.data.stored_rows import StoredRows
@@ -136,8 +137,8 @@ class BatchBuilder:
         domains = DOMAINS if self._source or sequences or "source" in self._histories else ("target",)
         self.category_of = {d: item_categories(folder, manifest, d) for d in domains}
         self._values = {
-            d: item_values(folder, manifest, d, sorted({column_of(f) for f in self._bags if f.startswith(d)}))
-            for d in DOMAINS
+            of: values_of(folder, manifest, vocabulary, sorted({column_of(f) for f in self._bags if f.startswith(of)}))
+            for of, vocabulary in ((USER, USER), *((d, f"{d}_item") for d in DOMAINS))
         }
         self._shared = [f for f in SHARED_FEATURES if f in features]
         self._samplers = {
@@ -385,9 +386,9 @@ class BatchBuilder:
         candidates = {} if place == EVALUATION else self._candidates(self._shared, place)
         more = self._more([*self._trained, *self._shared], histories, candidates)
         for feature in self._bags:
-            domain = feature.partition("_")[0]
-            item = histories[domain].item if of_history(feature) else batch.train[f"{domain}_item"].values()
-            more[feature] = self._bag(feature, item.numpy())
+            of = feature.partition("_")[0]
+            row = batch.train[USER if of == USER else f"{of}_item"].values() if not of_history(feature) else None
+            more[feature] = self._bag(feature, (histories[of].item if row is None else row).numpy())
         train = keyed.with_more(batch.train, more) if more else batch.train
         return replace(batch, train=train, histories=histories, candidates=candidates, draws=draws)
 
@@ -421,9 +422,9 @@ class BatchBuilder:
         drawn = uniform(mix(key("draws"), bits[:, None], np.arange(self._draws.count)))
         return torch.from_numpy(drawn.astype(np.float32))
 
-    def _bag(self, feature: str, item: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """The values of items [n] in a declared column: ids [total], int32 lengths [n]."""
-        values, lengths = self._values[feature.partition("_")[0]][column_of(feature)].of(item)
+    def _bag(self, feature: str, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """The values of items or users [n] in a declared column: ids [total], int32 lengths [n]."""
+        values, lengths = self._values[feature.partition("_")[0]][column_of(feature)].of(ids)
         return torch.from_numpy(values.astype(np.int64)), torch.from_numpy(lengths.astype(np.int32))
 
     def _histories_of(

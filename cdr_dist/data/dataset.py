@@ -156,7 +156,7 @@ class Manifest:
     shards: dict[str, list[Shard]]
     vocab: dict[str, Shard]
     sources: list[str] = field(default_factory=list)  # the source domains' names
-    features: dict[str, list[str]] = field(default_factory=dict)  # source|target -> declared columns of its items
+    features: dict[str, list[str]] = field(default_factory=dict)  # source|target|user -> declared columns
     options: dict[str, Any] = field(default_factory=dict)  # of prepare, as given
     schema: int = SCHEMA_VERSION
     before: list[str] = field(default_factory=list)

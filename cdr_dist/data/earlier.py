@@ -13,6 +13,7 @@ import polars as pl
 
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import FIRST_ID, Manifest, read_manifest
+from cdr_dist.data.feature_names import USER
 from cdr_dist.errors import UserError
 
 
@@ -52,18 +53,26 @@ class Earlier:
         read = self._read(f"{role}_item")
         named = read.select("key", "category").rename({"key": "item_id", "category": "id"})
         named = named.join(self._read(f"{role}_category"), on="id", how="left", maintain_order="left")
-        found = [named["item_id"], named["key"].alias("category")]
-        for column in self.manifest.features[role]:
+        return pl.DataFrame([named["item_id"], named["key"].alias("category"), *self._texts(role, read)])
+
+    def users(self) -> pl.DataFrame:
+        """key, and a list of texts for each declared column of the user file."""
+        read = self._read(USER)
+        return pl.DataFrame([read["key"], *self._texts(USER, read)])
+
+    def _texts(self, role: str, read: pl.DataFrame) -> list[pl.Series]:
+        found = []
+        for column in self.manifest.features.get(role, []):
             values = self.numbered(f"{role}_{column}").keys
             text = pl.element().replace_strict(values["id"], values["key"], default=None, return_dtype=pl.String)
             found.append(read[column].list.eval(text.drop_nulls()))
-        return pl.DataFrame(found)
+        return found
 
     def check(self, sources: list[str], features: dict[str, list[str]]) -> None:
         """UserError: a dataset of other sources or declared columns, whose ids say something else."""
         for what, earlier, now in (
             ("sources", self.manifest.sources, sources),
-            *((f"{role} features", self.manifest.features[role], features[role]) for role in features),
+            *((f"{role} features", self.manifest.features.get(role, []), features[role]) for role in features),
         ):
             if earlier != now and self.knows(what.partition(" ")[0]):
                 shown = [", ".join(names) or "none" for names in (earlier, now)]

@@ -4,6 +4,7 @@ user, source_user                     of a row; source_user is the user once mor
 {target,source}_{item,category}       of a row
 source_next                           of a row: source_item once more, for the table of what is predicted
 {target,source}_{brand,title,…}       the item's values in a declared column of the item file: a bag, summed
+user_{age,region,…}                   the user's in a declared column of the user file, likewise
 {target,source}_history_{item,…}      the same of the distinct items of the rows' histories
 source_history_next                   source_history_item once more, for the table of what is predicted
 {target,source}_softmax               of no row: the candidates of a softmax, which all rows of a global batch share
@@ -15,6 +16,7 @@ import functools
 import re
 
 DOMAINS = ("target", "source")
+USER = "user"
 ROW_FEATURES = (
     "user",
     "target_item",
@@ -56,9 +58,9 @@ def of_target_item(feature: str) -> bool:
 
 
 def column_of(feature: str) -> str:
-    """What it is of its item: item, category or a declared column; user."""
-    domain, _, rest = (feature := _ONCE_MORE.get(feature, feature)).partition("_")
-    return (rest if domain in DOMAINS else feature).removeprefix("history_")
+    """What it is of its item or user: item, category or a declared column; user."""
+    of, _, rest = (feature := _ONCE_MORE.get(feature, feature)).partition("_")
+    return (rest if of in (*DOMAINS, USER) and rest else feature).removeprefix("history_")
 
 
 @functools.cache
@@ -68,11 +70,12 @@ def is_bag(feature: str) -> bool:
 
 
 def can_be_declared(column: str) -> bool:
-    """Whether a column of an item file can be a feature by its name."""
+    """Whether a column of an item or user file can be a feature by its name."""
     return bool(_OWN_NAMES.fullmatch(column)) and column not in (*_TAKEN, "next", "softmax") and "history" not in column
 
 
 def known(columns: dict[str, list[str]]) -> list[str]:
-    """All features of a dataset; columns: domain -> declared columns."""
+    """All features of a dataset; columns: domain or user -> declared columns."""
     declared = [f"{d}{of}_{c}" for d in DOMAINS for of in ("", "_history") for c in columns.get(d, [])]
+    declared += [f"{USER}_{c}" for c in columns.get(USER, [])]
     return [*ROW_FEATURES, *HISTORY_FEATURES, *SHARED_FEATURES, *declared]

@@ -10,6 +10,7 @@ import polars as pl
 import pyarrow as pa
 
 from cdr_dist.data import forgotten
+from cdr_dist.data.feature_names import USER
 from cdr_dist.data.prepare_options import Columns, PrepareOptions
 from cdr_dist.data.sources import formats
 from cdr_dist.data.sources.formats import Source
@@ -194,16 +195,42 @@ def read_items(uri: str, options: PrepareOptions, role: str, prefix: str = "") -
     UserError: unreadable file, an empty item id.
     """
     (item, category), features = list(_item_columns(options, role).values())[:2], options.features_of(role)
-    schema: dict[str, pl.DataType | type[pl.DataType]] = {"item_id": pl.String, "category": pl.String}
+    named = {"item_id": item, "category": category}
+    found = _described(uri, options, named, features)
+    return found.with_columns(_prefixed(prefix, found[name]) for name in named) if prefix else found
+
+
+def check_user_file(options: PrepareOptions) -> None:
+    """UserError: missing, unreadable, not one file, or without the columns."""
+    source, uri = formats.of(options.format), options.user_file
+    if source.files(uri) != [uri]:
+        raise UserError(f"{uri}: the users stand in one file")
+    features = {f"user_columns.features, {name}": name for name in options.features_of(USER)}
+    source.require_columns(uri, {"user_columns.user": options.user_columns.user} | features)
+
+
+def read_users(options: PrepareOptions) -> pl.DataFrame:
+    """`user_id` and a list of texts for each declared column; of a user listed twice, the first line counts."""
+    return _described(
+        options.user_file, options, {"user_id": options.user_columns.user}, options.features_of(USER), "user"
+    )
+
+
+def _described(
+    uri: str, options: PrepareOptions, named: dict[str, str], features: dict[str, str], what: str = "item"
+) -> pl.DataFrame:
+    """named: our name -> column; the first is the id's. UserError: unreadable file, an empty id."""
+    key, *others = named
+    schema: dict[str, pl.DataType | type[pl.DataType]] = dict.fromkeys(named, pl.String())
     parts = [pl.DataFrame(schema=schema | dict.fromkeys(features, pl.List(pl.String)))]
     source = formats.of(options.format)
-    for first, batch in source.first_rows(source.batches(uri, sorted({item, category, *features})), uri):
+    for first, batch in source.first_rows(source.batches(uri, sorted({*named.values(), *features})), uri):
         raw = pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch])))
-        ids = _prefixed(prefix, _ids(raw[item], "item", _Place(source, uri, first)))
-        named = {"item_id": ids, "category": _prefixed(prefix, _null_where(raw[category].cast(pl.String), ""))}
+        ids = {key: _ids(raw[named[key]], what, _Place(source, uri, first))}
+        texts = {name: _null_where(raw[named[name]].cast(pl.String), "") for name in others}
         values = {name: _values(raw[name], how, options.feature_values) for name, how in features.items()}
-        parts.append(pl.DataFrame(named | values))
-    return pl.concat(parts).unique("item_id", keep="first", maintain_order=True)
+        parts.append(pl.DataFrame(ids | texts | values))
+    return pl.concat(parts).unique(key, keep="first", maintain_order=True)
 
 
 def _prefixed(prefix: str, texts: pl.Series) -> pl.Series:

@@ -1,4 +1,4 @@
-"""What a dataset's item vocabularies say of every item: category, count and declared columns, by id."""
+"""What a dataset's vocabularies say of every item: category and count; of an item or user: declared columns. By id."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def item_counts(folder: str, manifest: Manifest, domain: str) -> NDArray[np.int6
     return found
 
 
-def item_values(folder: str, manifest: Manifest, domain: str, columns: Sequence[str]) -> dict[str, Lists]:
-    """Declared column -> the value ids of every item id of a domain; an unknown item has none."""
+def values_of(folder: str, manifest: Manifest, vocabulary: str, columns: Sequence[str]) -> dict[str, Lists]:
+    """Declared column -> the value ids of every id of a vocabulary of items or users; what is unknown has none."""
     if not columns:
         return {}
-    uri = storage.join(folder, manifest.vocab[f"{domain}_item"].path)
+    uri = storage.join(folder, manifest.vocab[vocabulary].path)
     with storage.naming(uri):
         table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)), columns=["id", *columns])
-    rows, ids = manifest.rows[f"{domain}_item"], table.column("id").to_numpy()
+    rows, ids = manifest.rows[vocabulary], table.column("id").to_numpy()
     found = {}
     for column in columns:
         lists = table.column(column).combine_chunks()

@@ -40,6 +40,7 @@ from cdr_dist.data.dataset import (
     read_manifest,
 )
 from cdr_dist.data.earlier import Numbered
+from cdr_dist.data.feature_names import USER
 from cdr_dist.data.keys import keys_of_users
 from cdr_dist.data.partitions import Partition, PartitionCounts
 from cdr_dist.data.prepare_inputs import Inputs, inputs_of
@@ -189,7 +190,7 @@ def _prepare(options: PrepareOptions, inputs: Inputs, work: str) -> Manifest:
     with _stage("wrote the shards"):
         folder = storage.join(work, "dataset")
         written = _write_shards(folder, buckets, built, options.workers)
-        vocab, rows = _write_vocabularies(folder, users, users_before, items)
+        vocab, rows = _write_vocabularies(folder, options, inputs, users, users_before, items)
         manifest = _manifest(options, inputs, counted, built, written, vocab, rows)
         _warn_of_unknown(manifest)
         if options.sequences:
@@ -329,7 +330,12 @@ def _write_shards(
 
 
 def _write_vocabularies(
-    folder: str, users: pl.DataFrame, users_before: Numbered, items: dict[str, Items]
+    folder: str,
+    options: PrepareOptions,
+    inputs: Inputs,
+    users: pl.DataFrame,
+    users_before: Numbered,
+    items: dict[str, Items],
 ) -> tuple[dict[str, Shard], dict[str, int]]:
     """The files, and of each the rows of its table: ids whose key is gone count, too."""
     files: dict[str, Shard] = {}
@@ -340,8 +346,12 @@ def _write_vocabularies(
         rows[name] = int(keys.select(pl.col("id").max().fill_null(FIRST_ID - 1)).item()) + 1
 
     known = users.filter(pl.col("id") >= FIRST_ID).select(key="user_id", id="id")
-    write("user", pl.concat([users_before.keys.join(known, on="key", how="anti"), known]), "key")
-    rows["user"] = max(rows["user"], users_before.rows)
+    every = pl.concat([users_before.keys.join(known, on="key", how="anti"), known])
+    described = vocabularies.describe_users(every, options, inputs.earlier)
+    write(USER, described.keys, "key", described.values)
+    rows[USER] = max(rows[USER], users_before.rows)
+    for column, values in described.values.items():
+        write(f"{USER}_{column}", values, "key")
     for role, of_role in items.items():
         write(f"{role}_item", of_role.known, "item_id", of_role.values)
         for column, values in (of_role.values | {"category": of_role.categories}).items():
@@ -387,7 +397,9 @@ def _manifest(
         shards=written,
         vocab=vocab,
         sources=[domain.name for domain in inputs.domains["source"]],
-        features={role: list(options.features_of(role)) for role in inputs.domains},
+        features={
+            of: list(options.features_of(of)) for of in (*inputs.domains, USER) if of != USER or options.user_file
+        },
         options=_recorded(options, inputs),
     )
 

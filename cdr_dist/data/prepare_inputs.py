@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cdr_dist.data import interactions, storage
 from cdr_dist.data.earlier import Earlier
+from cdr_dist.data.feature_names import USER
 from cdr_dist.data.prepare_options import DATE, ONE_LOG, PrepareOptions
 from cdr_dist.data.sources import formats
 from cdr_dist.data.sources.formats import Source
@@ -57,6 +58,8 @@ def inputs_of(options: PrepareOptions) -> Inputs:
                 source.require_columns(uri, needed)
             if domain.item_file:
                 interactions.check_item_file(domain.item_file, options, role)
+    if options.user_file:
+        interactions.check_user_file(options)
     files = {role: [uri for domain in of_role for uri in domain.files] for role, of_role in domains.items()}
     sizes = {uri: storage.size(uri) for uris in files.values() for uri in uris}
     plain = {uri for uri in sizes if source.is_text(uri) and not uri.endswith(".gz")}
@@ -65,7 +68,7 @@ def inputs_of(options: PrepareOptions) -> Inputs:
     target = domains["target"][0].name
     earlier = Earlier(options.extends, target) if options.extends else None
     if earlier is not None:
-        features = {role: list(options.features_of(role)) for role in domains}
+        features = {of: list(options.features_of(of)) for of in (*domains, USER)}
         earlier.check([domain.name for domain in domains["source"]], features)
         if not earlier.knows("target"):
             was = earlier.manifest.target_domain

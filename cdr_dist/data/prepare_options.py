@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cdr_dist.data import scenarios
-from cdr_dist.data.feature_names import can_be_declared
+from cdr_dist.data.feature_names import USER, can_be_declared
 from cdr_dist.data.options import StorageOptions
 from cdr_dist.data.words import apart, check, described, fields_of, option, values_of
 from cdr_dist.errors import UserError, nearest
@@ -67,6 +67,14 @@ class ItemColumns:
 
 
 @dataclass(frozen=True)
+class UserColumns:
+    """Names of the user file's columns."""
+
+    user: str = option("user_id", "user file: column of the user's id")
+    features: str = option("", "user file: columns that models may read, as age,region,tags:| with how values part")
+
+
+@dataclass(frozen=True)
 class Storage:
     """As in training; what only training needs is left out."""
 
@@ -96,6 +104,7 @@ class PrepareOptions:
     )
     source_items: str = option("", "file of the source items' categories; with commas: a file a domain")
     target_items: str = option("", "file of the target items' categories")
+    user_file: str = option("", "file of the users: what user_columns.features names of it")
     source_domain: str = option("", "name of the source domain, or names with commas; empty: the log's file name")
     target_domain: str = option("", "name of the target domain; empty: the log's file name")
     unknown_item: str = option(
@@ -107,6 +116,7 @@ class PrepareOptions:
     target_columns: Columns = field(default_factory=lambda: Columns(*[""] * 6))
     source_item_columns: ItemColumns = field(default_factory=lambda: ItemColumns(*[""] * 3))
     target_item_columns: ItemColumns = field(default_factory=lambda: ItemColumns(*[""] * 3))
+    user_columns: UserColumns = field(default_factory=UserColumns)
     labels: str = option("rating", "rating: label 1 where rating > threshold; sampled: all 1, negatives drawn")
     threshold: float = option(3.0, "ratings above it are positive (labels=rating)")
     eval_negatives: int = option(1, "negatives stored with a validation or test row (labels=sampled)")
@@ -155,8 +165,8 @@ class PrepareOptions:
     sequences: int = option(0, "longest source sequence to pre-train on, of every source user; 0: none are written")
     sequences_valid_share: float = option(0.05, "share of the users whose sequences are validation")
     sequences_test_share: float = option(0.05, "share of the users whose sequences are test")
-    feature_items: int = option(2, "least items that share a value of item_columns.features; rarer ones are unknown")
-    feature_values: int = option(20, "most values of one item in a column of item_columns.features")
+    feature_items: int = option(2, "least items or users that share a value of a declared column; rarer are unknown")
+    feature_values: int = option(20, "most values of one item or user in a declared column")
     seed: int = option(8, "seed of every draw")
     workers: int = option(0, "0: in this process; N: N Ray tasks at a time")
     partitions: int = option(0, "user partitions; 0: by the input's size. Memory is bounded by one")
@@ -201,8 +211,8 @@ class PrepareOptions:
         named = [name for name in ("source", "target") if DATE in getattr(self, name)]
         check(bool(named) == bool(self.days), "days= and {date} in source= or target= belong together")
         _ = self.dates  # checks them
-        for role in ("source", "target"):
-            self.features_of(role)
+        for of in ("source", "target", USER):
+            self.features_of(of)
         _ = self.storage.options  # checks them
 
     @property
@@ -240,9 +250,10 @@ class PrepareOptions:
         if self.format in ONE_LOG:
             check(self.labels == "sampled", f"{form}: has no ratings; give labels=sampled")
             check(
-                not (self.source_items or self.target_items),
-                f"{form}: has no item files; leave out source_items= and target_items=",
+                not (self.source_items or self.target_items or self.user_file),
+                f"{form}: has no item or user files; leave out source_items=, target_items= and user_file=",
             )
+        check(not self.user_file or bool(self.user_columns.features), "user_file=: needs user_columns.features=")
         for role in ("source", "target"):
             if self.by_value(role):
                 what = form if self.format in ONE_LOG else f"{self.columns_of(role)['domain'][0]}="
@@ -272,19 +283,22 @@ class PrepareOptions:
         return self.eval_negatives if self.labels == "sampled" else 0
 
     def features_of(self, role: str) -> dict[str, str]:
-        """Declared columns of a domain's item file -> what makes values of a text: "" (it is one), words, or what parts
-        them.
+        """Declared columns of a domain's item file, or of the user file (role="user") -> what makes values of a text:
+        "" (it is one), words, or what parts them.
 
-        UserError: a name that cannot be a feature's, one twice, no item file.
+        UserError: a name that cannot be a feature's, one twice, no such file.
         """
-        option, text = self.columns_of(role, "item_columns")["features"]
+        option, text = "user_columns.features", self.user_columns.features
+        if role != USER:
+            option, text = self.columns_of(role, "item_columns")["features"]
         found: dict[str, str] = {}
         for word in filter(None, text.split(",")):
             name, _, how = word.partition(":")
             check(can_be_declared(name), f"{option}={text}: '{name}' cannot be a feature's name")
             check(name not in found, f"{option}={text}: names {name} twice")
             found[name] = how
-        check(not found or bool(getattr(self, f"{role}_items")), f"{option}={text}: needs {role}_items=")
+        file = "user_file" if role == USER else f"{role}_items"
+        check(not found or bool(getattr(self, file)), f"{option}={text}: needs {file}=")
         return found
 
     def columns_of(self, role: str, group: str = "columns") -> dict[str, tuple[str, str]]:
@@ -303,7 +317,9 @@ class PrepareOptions:
         return {
             n: value
             for n, value in flat.items()
-            if n not in NOT_CONTENT and (value or not n.startswith((*OWN, "forgotten")))
+            if n not in NOT_CONTENT
+            and (value or not n.startswith((*OWN, "forgotten", "user_file")))
+            and (self.user_file or not n.startswith("user_columns."))
         }
 
 
@@ -354,6 +370,8 @@ def _build(given: dict[str, Any]) -> PrepareOptions:
             own = {n.removeprefix(start): v for n, v in given.items() if n.startswith(start)}
             unset = {f.name: "" for f in dataclasses.fields(cls)} if role else {}
             flat[role + group] = cls(**unset | own)
+    users = {n.removeprefix("user_columns."): v for n, v in given.items() if n.startswith("user_columns.")}
+    flat["user_columns"] = UserColumns(**users)
     flat["storage"] = Storage(**{n.removeprefix("storage."): v for n, v in given.items() if n.startswith("storage.")})
     return PrepareOptions(**flat)
 

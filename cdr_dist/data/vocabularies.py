@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cdr_dist.crash_points import durable
-from cdr_dist.data import partitions, spill, storage
+from cdr_dist.data import interactions, partitions, spill, storage
 from cdr_dist.data.dataset import FIRST_ID, ITEM_VOCAB_SCHEMA, UNKNOWN, VOCAB_SCHEMA, Shard
 from cdr_dist.data.earlier import Earlier, Numbered
+from cdr_dist.data.feature_names import USER
 from cdr_dist.data.partitions import Partition
 from cdr_dist.data.prepare_options import PrepareOptions
 
@@ -40,6 +41,14 @@ class Items:
     @property
     def known(self) -> pl.DataFrame:
         return self.items.filter(pl.col("id") >= FIRST_ID)
+
+
+@dataclass(frozen=True)
+class Users:
+    """keys: key, id and a list of value ids for each declared column. values: declared column -> key, id."""
+
+    keys: pl.DataFrame
+    values: dict[str, pl.DataFrame]
 
 
 def merge_items(
@@ -141,6 +150,24 @@ def merge_users(parts: Sequence[Partition], before: Numbered) -> pl.DataFrame:
     return number(users.with_columns(first_example=first), "user_id", train_only, before)
 
 
+def describe_users(keys: pl.DataFrame, options: PrepareOptions, earlier: Earlier | None) -> Users:
+    """keys: key, id of all users of the dataset. What the user file says of them, or, of one it does not name, what an
+    earlier dataset's said."""
+    columns = options.features_of(USER)
+    if not columns:
+        return Users(keys, {})
+    said = keys.join(interactions.read_users(options), left_on="key", right_on="user_id", how="left")
+    if earlier is not None:
+        said = said.join(earlier.users(), on="key", how="left", suffix="_earlier")
+        said = said.with_columns(pl.coalesce(column, f"{column}_earlier").alias(column) for column in columns)
+    said, values = said.sort("id"), {}
+    for column in columns:
+        before = earlier.numbered(f"{USER}_{column}") if earlier else Numbered.nothing()
+        values[column] = _number_keys(_shared(said[column], options.feature_items), before)
+        said = said.with_columns(_value_ids(said[column], values[column]))
+    return Users(said.select("key", "id", *columns), values)
+
+
 def number(rows: pl.DataFrame, by: str, train_only: bool, before: Numbered) -> pl.DataFrame:
     """Adds `id`, in the order of `by`: that of before, or the next one; with `train_only` 1 (unknown) where training
     cannot know it."""
@@ -172,16 +199,16 @@ def spill_cold(uri: str, parts: Sequence[Partition], before: Numbered) -> str:
 def write_vocabulary(folder: str, name: str, rows: pl.DataFrame, key: str, features: Iterable[str] = ()) -> Shard:
     """Writes `vocab/NAME.parquet` by id: the real keys only; ids 0 (padding) and 1 (unknown) have no row.
 
-    features: declared columns, of items.
+    features: declared columns.
     """
     rows = rows.sort("id")
     schema, columns = VOCAB_SCHEMA, {"id": rows["id"], "key": rows[key]}
     if key == "item_id":
         columns |= {"category": rows["category_id"], "count": rows["count"]}
-        columns |= {column: rows[column] for column in features}
         schema = ITEM_VOCAB_SCHEMA
-        for column in features:
-            schema = schema.append(pa.field(column, pa.list_(pa.int32())))
+    columns |= {column: rows[column] for column in features}
+    for column in features:
+        schema = schema.append(pa.field(column, pa.list_(pa.int32())))
     table = pl.DataFrame(columns).to_arrow(compat_level=pl.CompatLevel.oldest()).cast(schema)
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", row_group_size=1 << 20)

@@ -23,7 +23,8 @@ class MiNet(TwoHeads):
     normalised, b = 1, 0, 0 at first. The source tower reads [source item; p]. No biases in towers and attentions.
 
     An item is its id, its category and declared columns of the item files (`features`: brand, title words, …; the
-    values of each are summed), so q and r have (2 + features) x width. `source=False` (-S): no source history, no a_s,
+    values of each are summed), so q and r have (2 + features) x width; the user, p, likewise its id and declared
+    columns of the user file (`user_features`: age, region, …). `source=False` (-S): no source history, no a_s,
     no source loss. Softmax runs over real positions alone (the released code counts padding); an empty history's
     interest is 0.
     """
@@ -35,33 +36,36 @@ class MiNet(TwoHeads):
         attention: int = 64,
         rank: int = 10,
         features: Sequence[str] = (),
+        user_features: Sequence[str] = (),
         source: bool = True,
     ) -> None:
         super().__init__()
         if not hidden or min(attention, rank) < 1:
             raise UserError("model.hidden: at least one layer is needed; model.attention and model.rank: at least 1")
         self.source, self._parts = source, ("item", "category", *features)
-        item = len(self._parts) * width
-        self.target_attention = _ItemAttention(item, width, attention, None)
-        interests = {"user": width, "target": item}
+        self._user = ("user", *(f"user_{column}" for column in user_features))
+        item, user = len(self._parts) * width, len(self._user) * width
+        self.target_attention = _ItemAttention(item, user, attention, None)
+        interests = {"user": user, "target": item}
         if source:
-            self.source_attention = _ItemAttention(item, width, attention, rank)
+            self.source_attention = _ItemAttention(item, user, attention, rank)
             interests["source"] = item
         self.interest = nn.ModuleDict(
             {name: _InterestWeight(item + sum(interests.values()), attention) for name in interests}
         )
         self.target_tower, self.target_head = _tower(item + sum(interests.values()), hidden)
         if source:
-            self.source_tower, self.source_head = _tower(item + width, hidden)
+            self.source_tower, self.source_head = _tower(item + user, hidden)
 
     def spec(self) -> Spec:
         domains = ("target", "source") if self.source else ("target",)
         names = [f"{d}{of}_{part}" for d in domains for of in ("", "_history") for part in self._parts]
-        return Spec({"user": "user"} | {name: name.replace("_history", "") for name in names})
+        return Spec({name: name for name in self._user} | {name: name.replace("_history", "") for name in names})
 
     def forward(self, embedded: Mapping[str, Tensor], batch: Labels) -> Output:
         """embedded: feature -> [B, width], of histories [U, width]."""
-        user, candidate = embedded["user"], self._items(embedded, "target")
+        user = torch.cat([embedded[name] for name in self._user], dim=1)
+        candidate = self._items(embedded, "target")
         found = {"user": user}
         for domain in ("target", "source") if self.source else ("target",):
             attention = getattr(self, f"{domain}_attention")
@@ -90,12 +94,12 @@ class MiNet(TwoHeads):
 
 
 class _ItemAttention(nn.Module):
-    """The mean of a history's items r [U, item] by their fit to a candidate q [B, item] and a user p [B, width]."""
+    """The mean of a history's items r [U, item] by their fit to a candidate q [B, item] and a user p [B, user]."""
 
-    def __init__(self, item: int, width: int, size: int, rank: int | None) -> None:
+    def __init__(self, item: int, user: int, size: int, rank: int | None) -> None:
         super().__init__()
         self.of_item, self.of_candidate = (nn.Linear(item, size, bias=False) for _ in range(2))
-        self.of_user, self.of_product = nn.Linear(width, size, bias=False), nn.Linear(item, size, bias=False)
+        self.of_user, self.of_product = nn.Linear(user, size, bias=False), nn.Linear(item, size, bias=False)
         self.out = nn.Linear(size, 1, bias=False)
         self.transfer = (
             None

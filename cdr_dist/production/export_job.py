@@ -23,7 +23,7 @@ from cdr_dist.configuration import from_yaml, to_yaml
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.demo import dataset_of
-from cdr_dist.data.feature_names import is_bag, of_history, vocabulary_of
+from cdr_dist.data.feature_names import USER, is_bag, of_history, vocabulary_of
 from cdr_dist.data.keys import Keys
 from cdr_dist.data.shards import verify
 from cdr_dist.data.words import check, described, fields_of, option, values_of
@@ -103,8 +103,11 @@ def export_worker(given: dict[str, Any]) -> dict[str, Any] | None:
         tables = {name: _write_table(session, name, out) for name in session.tables.specs if name in read.values()}
         if program is None:
             return None
-        for item in sorted({vocabulary_of(f) for f in read} & {"source_item", "target_item"}):
-            path = session.manifest.vocab[item].path
+        keyed = {vocabulary_of(f) for f in read} & {"source_item", "target_item"}
+        if any(name.startswith(f"{USER}_") for name in read):  # whose vocabulary says which values a user has
+            keyed.add(USER)
+        for name in sorted(keyed):
+            path = session.manifest.vocab[name].path
             storage.write_bytes(storage.join(out, path), storage.read_bytes(storage.join(folder, path)))
         file = io.BytesIO()
         torch.export.save(program, file)

@@ -175,7 +175,10 @@ def _check_model(config: TrainConfig, manifest: Manifest) -> None:
     for feature in (*model.spec().features, *model.spec().sequences):
         if feature not in known:
             own = feature.startswith(feature_names.DOMAINS) and feature_names.is_bag(feature)
-            how = f"prepare it with item_columns.features={feature_names.column_of(feature)}" if own else "a mistake"
+            column = feature_names.column_of(feature)
+            how = f"prepare it with item_columns.features={column}" if own else "a mistake"
+            if feature.startswith(f"{feature_names.USER}_"):
+                how = f"prepare it with user_file= and user_columns.features={column}"
             raise UserError(
                 f"{name} reads the feature {feature}, which {config.data} does not have: {how}; "
                 f"there are {', '.join(known)}"
