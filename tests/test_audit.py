@@ -26,6 +26,7 @@ from cdr_dist.training.experiment_runs import Room, run_one
 from cdr_dist.training.run_folder import RunFolder
 from tests.browser import check_readable, needs_browser
 from tests.datasets import SHAPE, copied, rated, rows_of, sampled
+from tools import audit_planted
 
 USERS, SEEDS = 400, 4
 
@@ -242,6 +243,19 @@ def test_of_sampled_labels_the_factorisation_is_bprs(tmp_path, monkeypatch):
     assert "| BPR-MF " in (tmp_path / "audit.md").read_text()
     runs = [RunFolder(str(path.parent)) for path in tmp_path.glob("runs/single/**/BPR-MF/**/config.yaml")]
     assert {run.config().model["loss"] for run in runs} == {"bpr"}
+
+
+def test_what_advice_costs_is_measured_on_users_that_it_was_not_decided_by():
+    """A method that knows the labels of the one half and nothing of the other is advised, and costs; a good one not."""
+    users = np.random.default_rng(0).permutation(USERS)[: USERS // 2]
+    half = np.isin(rows().user, users).astype(float)
+    singles = [tried("mf", 0.8, 0.7)]
+    costs = []
+    for where in (half, None):
+        found = verdict.judge("books", rows(), singles, [tried("biao", 3.0, 0.8, where)])
+        costs.append(audit_planted.regret_of([found], singles, rows()))
+    assert costs[0] > 3
+    assert costs[1] == 0
 
 
 @needs_browser
