@@ -12,8 +12,8 @@ from cdr_dist.bilevel.lookup import ResidentRows
 from cdr_dist.bilevel.options import HypergradientOptions
 from cdr_dist.bilevel.perceptron import PerceptronInput, normalised
 from cdr_dist.configuration import from_words
-from cdr_dist.data.batch import _with_more
 from cdr_dist.data.candidates import Candidates
+from cdr_dist.data.keyed import with_more
 from cdr_dist.models.dasl import DASL
 from cdr_dist.models.minet import MiNet
 from cdr_dist.models.nextitnet import NextItNet
@@ -130,7 +130,7 @@ def with_features(batch, model):
     candidates = torch.arange(2, 40)
     more |= {"source_user": batch.user, "source_next": batch.source_item, "source_softmax": candidates}
     batch.candidates = {"source": Candidates(candidates, torch.linspace(-1, 1, len(candidates)))}
-    batch.train = _with_more(batch.train, {f: (ids, None) for f, ids in more.items() if f in model.spec().features})
+    batch.train = with_more(batch.train, {f: (ids, None) for f, ids in more.items() if f in model.spec().features})
     batch.source_before = batch.histories["source"].lengths // 2
     return batch
 
