@@ -10,10 +10,11 @@ model           backbone of transfer and of the single-domain variant (conet)
 seeds (3), first_seed (8)   trainings of each tuned method
 budget (6)      trials of a search on validation data, for every method
 parallel        runs at a time (auto)
-out             folder of audit.md, audit.json, datasets and runs (runs/audit)
+out             folder of audit.md, audit.json, datasets and runs (runs/audit); on a cluster one that all machines share
 
-Any other key=value goes to every run, as in jobs/train.py. The same command goes on where it stopped. "No" is an
-answer: then the single-domain model is the one to train.
+The answer is about all users of the target, those of no source included (users=both asks of the others alone). Any
+other key=value goes to every run, as in jobs/train.py. The same command goes on where it stopped. "No" is an answer:
+then the single-domain model is the one to train.
 """
 
 from __future__ import annotations

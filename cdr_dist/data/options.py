@@ -29,7 +29,8 @@ class BatchOptions:
     negatives: int = 1
     """Training negatives of each positive (labels by sampled negatives)."""
     history_length: int = 20
-    """N: the most recent behaviours of a domain that the perceptron sees (the paper: 20 for MiNet, 50 for CoNet)."""
+    """N: the most recent behaviours of a domain that the perceptron sees (the paper: 20 for MiNet, 50 for CoNet); at
+    most what the dataset stores, prepare's history_length."""
 
     def __post_init__(self) -> None:
         if self.negatives < 1:

@@ -125,7 +125,9 @@ def _found(plan: Plan, ended: Ended) -> Ended:
     if ended.summary is None or storage.exists(plan.run):
         return ended
     return Ended(
-        None, f"{plan.run} is not here: on a cluster runs= is a folder that all machines share, or s3://", True
+        None,
+        f"{plan.run} is not here: on a cluster runs= (or out=) is a folder that all machines share, or s3://",
+        True,
     )
 
 
