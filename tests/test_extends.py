@@ -150,7 +150,7 @@ def test_another_dataset_is_refused(tmp_path, more, message):
 
 
 def test_another_target_has_ids_of_its_own_and_users_and_source_keep_theirs(tmp_path, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "cdr_dist")
     before, *_, (source, target) = nights(tmp_path)
     films = [(user, f"f{item[1:]}", time, rating) for user, item, time, rating in target]
     after, manifest = run(tmp_path / "films", source, films, extends=before.out, target_domain="films")

@@ -182,7 +182,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, form: str, line: str) -> None
         ("columns.domain=tab source_domain=a", "columns.domain=: needs target_domain=, the domain whose rows are the"),
         (
             "format=coldrec labels=sampled source_items=a.csv",
-            "format=coldrec: has no item files; leave out source_items=",
+            "format=coldrec: has no item or user files; leave out source_items=",
         ),
         ("sequences=1", "sequences=1: a sequence has 2 behaviours or more; 0: none are written"),
         ("sequences=5 cold_users=false", "sequences= goes with cold_users=true, by whose rows users are found"),

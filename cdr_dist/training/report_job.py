@@ -10,10 +10,12 @@ from cdr_dist.errors import UserError
 from cdr_dist.training.report import write_report
 from cdr_dist.training.run_folder import RunFolder
 
+OPTIONS = ("run",)
+
 
 def report_job(words: Sequence[str]) -> None:
     """Words: run= (needed). Prints where the report is."""
-    given = words_of(words, ("run",))
+    given = words_of(words, OPTIONS)
     if not given.get("run"):
         raise UserError("run= is missing; see --help")
     place = RunFolder(given["run"])
