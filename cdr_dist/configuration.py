@@ -7,6 +7,7 @@ mistakes into one line.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -153,9 +155,22 @@ def flat(config: TrainConfig) -> dict[str, Any]:
     return _flat(OmegaConf.to_container(OmegaConf.structured(config)))
 
 
+def whole_model(model: Any) -> dict[str, Any]:
+    """With its constructor's defaults for what is not said: an option that a later version adds changes no earlier
+    run."""
+    given = OmegaConf.to_container(model) if OmegaConf.is_config(model) else dict(model or {})
+    assert isinstance(given, dict)
+    try:
+        parameters = inspect.signature(get_class(given["_target_"])).parameters
+    except Exception:  # whatever is wrong with it, building it says
+        return given  # type: ignore[return-value]
+    defaults = {n: of.default for n, of in parameters.items() if of.default is not of.empty}
+    return {n: list(of) if isinstance(of, tuple) else of for n, of in defaults.items()} | given  # type: ignore[return-value]
+
+
 def differences(a: TrainConfig, b: TrainConfig, leave_out: Sequence[str] = ()) -> list[str]:
     """`key: a -> b` for every option that differs."""
-    left, right = flat(a), flat(b)
+    left, right = (flat(config) | _flat({"model": whole_model(config.model)}) for config in (a, b))
     return [
         f"{name}: {left.get(name)} -> {right.get(name)}"
         for name in sorted(left.keys() | right.keys())

@@ -7,10 +7,13 @@ import threading
 
 import pytest
 
+from cdr_dist.configuration import from_words
 from cdr_dist.data import storage
 from cdr_dist.errors import UserError
+from cdr_dist.training.checks import build_model
 from cdr_dist.training.console import Console
 from cdr_dist.training.run_folder import RunFolder
+from cdr_dist.training.start import _to_agree
 
 
 def log(place, *steps):
@@ -138,6 +141,22 @@ def test_a_damaged_summary_is_named(content, tmp_path):
     (tmp_path / "summary.json").write_bytes(content)
     with pytest.raises(UserError, match=f"^{tmp_path}/summary.json: damaged; delete it, and the same command"):
         RunFolder(str(tmp_path)).summary()
+
+
+def test_a_run_from_before_an_option_of_its_model_goes_on_and_is_started_from(tmp_path):
+    """At its default it changes nothing; at another value, it is another run."""
+    given = ["data=x", "recipe=joint", "model=minet", f"run={tmp_path / 'run'}"]
+    place, now = RunFolder(str(tmp_path / "run")), from_words(given)
+    place.open(now)
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("  user_features: []\n", ""))
+    assert "user_features" not in place.config().model
+    place.check(now)
+    assert all(old == new for _, old, new in _to_agree(place.config(), now, build_model(now)))
+    changed = from_words([*given, "model.user_features=[age]"])
+    with pytest.raises(UserError, match=r"model.user_features: \[\] -> \['age'\]"):
+        place.check(changed)
+    assert not all(old == new for _, old, new in _to_agree(place.config(), changed, build_model(changed)))
 
 
 def test_a_folder_is_removed_whole_while_another_renames_and_writes_in_it(tmp_path, monkeypatch):

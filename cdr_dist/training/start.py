@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from cdr_dist.configuration import TrainConfig
+from cdr_dist.configuration import TrainConfig, whole_model
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import Manifest, read_manifest
 from cdr_dist.data.demo import dataset_of
@@ -76,7 +76,7 @@ def _to_agree(before: TrainConfig, config: TrainConfig, model: Any) -> list[tupl
         return [target]
     if not hasattr(model, "architecture"):
         recipe = ("the recipe's source", before.recipe.source, config.recipe.source)
-        return [("model", before.model, config.model), width, recipe]
+        return [("model", whole_model(before.model), whole_model(config.model)), width, recipe]
     old, new = build_model(before).architecture(), model.architecture()
     return [width, *((f"model.{name}", old[name], new[name]) for name in new)]
 
