@@ -170,7 +170,9 @@ def whole_model(model: Any) -> dict[str, Any]:
 
 def differences(a: TrainConfig, b: TrainConfig, leave_out: Sequence[str] = ()) -> list[str]:
     """`key: a -> b` for every option that differs."""
-    left, right = (flat(config) | _flat({"model": whole_model(config.model)}) for config in (a, b))
+    left, right = flat(a), flat(b)
+    if left.get("model._target_") == right.get("model._target_"):
+        left, right = (of | _flat({"model": whole_model(c.model)}) for of, c in ((left, a), (right, b)))
     return [
         f"{name}: {left.get(name)} -> {right.get(name)}"
         for name in sorted(left.keys() | right.keys())

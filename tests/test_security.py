@@ -42,6 +42,10 @@ ALLOWED = {
     ("cdr_dist/training/checks.py", "instantiate"): "the backbone and updates that a configuration names, a run's "
     "config.yaml included: docs/security.md says that a run folder is code",
     ("cdr_dist/training/checks.py", "get_class"): "the backbone that `instantiate` is about to build",
+    (
+        "cdr_dist/configuration.py",
+        "get_class",
+    ): "the backbone that two configurations have in common, built next",
     ("cdr_dist/training/talk.py", "dist.broadcast_object_list"): "between workers of one run",
     ("cdr_dist/training/talk.py", "dist.all_gather_object"): "between workers of one run",
     ("cdr_dist/training/learned_weights.py", "dist.all_gather_object"): "between workers of one run",
