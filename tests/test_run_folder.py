@@ -25,6 +25,13 @@ def steps(lines):
     return [line["step"] for line in lines]
 
 
+def test_a_folder_is_the_same_however_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = ["runs/x", "./runs/x", f"{tmp_path}/runs/x/", f"file://{tmp_path}/runs/x"]
+    assert {RunFolder(uri).uri for uri in named} == {str(tmp_path / "runs" / "x")}
+    assert RunFolder("s3://bucket/x/").uri == "s3://bucket/x"
+
+
 def test_a_follower_sees_every_line_once(tmp_path):
     place, file = RunFolder(str(tmp_path)), tmp_path / "metrics.jsonl"
     assert place.lines_after(0) == ([], 0)

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
@@ -60,6 +61,11 @@ def _store(process: int, deadline_s: float, surroundings: tuple[tuple[str, str],
 
 def is_local(uri: str) -> bool:
     return isinstance(locate(uri)[0], LocalFiles)
+
+
+def absolute(uri: str) -> str:
+    """The same place from any folder: a path from /, without file://, or the address of an object store."""
+    return str(Path(uri.removeprefix("file://")).expanduser().absolute()) if is_local(uri) else uri.rstrip("/")
 
 
 def join(uri: str, *names: str) -> str:

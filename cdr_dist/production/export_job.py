@@ -29,7 +29,7 @@ from cdr_dist.data.shards import verify
 from cdr_dist.data.words import check, described, fields_of, option, values_of
 from cdr_dist.training.best import best_of_run, check_knows_targets
 from cdr_dist.training.checkpoint import best_step
-from cdr_dist.training.launch import absolute, on_workers, quiet_libraries, with_workers
+from cdr_dist.training.launch import on_workers, quiet_libraries, with_workers
 from cdr_dist.training.memory import check_memory_here
 from cdr_dist.training.run_folder import RunFolder
 
@@ -69,7 +69,7 @@ def export_job(words: Sequence[str]) -> None:
     step = best_step(place)
     config = with_workers(config, options.workers)
     _check_free(options.out)
-    folder, out = absolute(dataset_of(config.data)), absolute(options.out)
+    folder, out = storage.absolute(dataset_of(config.data)), storage.absolute(options.out)
     given = {"config": to_yaml(config), "folder": folder, "run": place.uri, "step": step, "out": out}
     found = on_workers(config, place, export_worker, given)
     storage.write_bytes(storage.join(options.out, DONE), (json.dumps(found, indent=1) + "\n").encode())

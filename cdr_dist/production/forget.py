@@ -40,7 +40,6 @@ from cdr_dist.training import lease
 from cdr_dist.training.checks import build_model
 from cdr_dist.training.clear_rows import clear_rows
 from cdr_dist.training.explanation_job import file_name
-from cdr_dist.training.launch import absolute
 from cdr_dist.training.lease import Lease
 from cdr_dist.training.run_folder import RunFolder
 
@@ -90,9 +89,9 @@ class _Leases:
         self._held: dict[str, str] = {}
 
     def take(self, folder: str) -> None:
-        uri = storage.join(absolute(folder), lease.FILE)
+        uri = storage.join(storage.absolute(folder), lease.FILE)
         if uri not in self._held:
-            self._held[uri] = self._ending.enter_context(Lease(absolute(folder))).token
+            self._held[uri] = self._ending.enter_context(Lease(storage.absolute(folder))).token
 
     def still_ours(self) -> None:
         """LeaseLostError: another job has taken one of the places over."""
@@ -161,7 +160,7 @@ class _Work:
             self._dataset(folder)
 
     def _dataset(self, folder: str) -> _Dataset:
-        place = absolute(folder)
+        place = storage.absolute(folder)
         if place not in self._datasets:
             self._datasets[place] = _Dataset.read(place, self._keys)
         return self._datasets[place]
@@ -201,7 +200,9 @@ class _Work:
         return self._done
 
     def _of_out(self, folder: str) -> bool:
-        return bool(self._places.out) and absolute(folder).startswith(storage.join(self._places.out, "datasets/"))
+        return bool(self._places.out) and storage.absolute(folder).startswith(
+            storage.join(self._places.out, "datasets/")
+        )
 
     def _note(self, one: _Dataset) -> None:
         ids = {key: one.ids[key] for key in self._keys}

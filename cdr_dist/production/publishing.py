@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from cdr_dist.crash_points import durable
@@ -38,7 +37,7 @@ class Publisher:
 
     def __init__(self, out: str) -> None:
         """Absolute, as latest.json is read from anywhere."""
-        self.out = out if "://" in out else str(Path(out).expanduser().absolute())
+        self.out = storage.absolute(out)
 
     def dataset(self, date: str) -> str:
         return storage.join(self.out, "datasets", date)

@@ -27,7 +27,7 @@ from cdr_dist.production.recommendation_options import RecommendOptions, options
 from cdr_dist.training import lease
 from cdr_dist.training.best import best_of_run, check_knows_targets
 from cdr_dist.training.checkpoint import best_step
-from cdr_dist.training.launch import absolute, on_workers, quiet_libraries, with_workers
+from cdr_dist.training.launch import on_workers, quiet_libraries, with_workers
 from cdr_dist.training.memory import check_memory_here
 from cdr_dist.training.run_folder import RunFolder
 from cdr_dist.training.start import check_fits
@@ -66,9 +66,9 @@ def recommend(options: RecommendOptions) -> dict[str, Any]:
                 storage.remove_file(storage.join(options.out, name))
         given = {
             "config": to_yaml(config),
-            "folder": absolute(folder),
+            "folder": storage.absolute(folder),
             "run": place.uri,
-            "options": asdict(options) | {"out": absolute(options.out)},
+            "options": asdict(options) | {"out": storage.absolute(options.out)},
             "users": None if users is None else users.to_pylist(),
             "items": None if items is None else items.to_pylist(),
         }
@@ -138,7 +138,7 @@ def _asked(options: RecommendOptions, place: RunFolder, manifest: Manifest) -> d
         for name in ("users", "items")
         if getattr(options, name)
     }
-    run = absolute(place.uri)
+    run = storage.absolute(place.uri)
     return options.content() | {"run": run, "step": best_step(place), "dataset": manifest.checksum} | files
 
 

@@ -128,7 +128,7 @@ def _datasets(given: str, of_prepare: Sequence[str]) -> dict[str, str]:
     found = {folder.rstrip("/").rpartition("/")[2]: folder for folder in folders}
     if len(found) < len(folders):
         raise UserError(f"data={given}: two folders have one name; rename one of them")
-    return {name: f if "://" in f else str(Path(f).absolute()) for name, f in found.items()}
+    return {name: storage.absolute(f) for name, f in found.items()}
 
 
 def _prepared(words: Sequence[str], folder: Path) -> dict[str, str]:

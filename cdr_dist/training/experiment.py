@@ -306,7 +306,7 @@ def _labelled(folders: Sequence[str]) -> Choices:
 
 def _absolute(data: str) -> str:
     """Runs may take place elsewhere, and in one folder whatever the path was typed as."""
-    return data if data in DEMOS or "://" in data else str(Path(data).expanduser().absolute())
+    return data if data in DEMOS else storage.absolute(data)
 
 
 def _known(what: str, name: str, known: Sequence[str] | Mapping[str, Any]) -> None:

@@ -86,7 +86,7 @@ def read_words(words: Sequence[str]) -> Request:
         experiment=experiment,
         seeds=range(int(given["first_seed"]), int(given["first_seed"]) + int(given["seeds"])),
         out=out,
-        runs=runs if "://" in runs else str(Path(runs).expanduser().absolute()),
+        runs=storage.absolute(runs),
         parallel=given["parallel"],
         others=lists["paper"],
         words=rest,

@@ -26,7 +26,7 @@ from cdr_dist.training.best import best_of_run
 from cdr_dist.training.checkpoint import best_step
 from cdr_dist.training.checks import build_updates
 from cdr_dist.training.explain import Scorer, finite, last_row_of, typical
-from cdr_dist.training.launch import absolute, alone, on_workers, quiet_libraries, with_workers
+from cdr_dist.training.launch import alone, on_workers, quiet_libraries, with_workers
 from cdr_dist.training.memory import check_memory_here
 from cdr_dist.training.run_folder import RunFolder
 from cdr_dist.training.session import Session
@@ -61,7 +61,7 @@ def explanation_job(words: Sequence[str]) -> None:
         storage.write_bytes(html, as_html(found).encode())
         print(as_text(found), f"as a page: {html}", sep="\n\n")
     else:
-        counts = explain_all(config, place, step, absolute(given["out"]), most or 0, workers)
+        counts = explain_all(config, place, step, storage.absolute(given["out"]), most or 0, workers)
         print(json.dumps({"run": given["run"], "step": step, "out": given["out"]} | counts, indent=1))
 
 
@@ -158,7 +158,7 @@ def explain_all(
 ) -> dict[str, Any]:
     """Writes every behaviour's weight to a Parquet file; what `write_weights` counts. workers: None for the run's."""
     config = with_workers(config, workers)
-    folder = absolute(dataset_of(config.data))
+    folder = storage.absolute(dataset_of(config.data))
     given = {"config": to_yaml(config), "folder": folder, "run": place.uri, "step": step, "out": out, "most": most}
     found: dict[str, Any] = on_workers(config, place, explanation_worker, given)
     return found

@@ -66,7 +66,7 @@ def _train(
         start = _in_process if config.trainer.workers == 0 else _on_ray
         told: list[int] = []
         try:
-            return start(_with_absolute_paths(config), absolute(folder), place, lease.token, told), told
+            return start(_with_absolute_paths(config), storage.absolute(folder), place, lease.token, told), told
         except UserError:
             if new:
                 lease.hold_still()
@@ -74,18 +74,13 @@ def _train(
             raise
 
 
-def absolute(path: str) -> str:
-    """A path or URI that workers find, too: they stand in folders of their own."""
-    return path if "://" in path else str(Path(path).expanduser().absolute())
-
-
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    start = {table: absolute(path) for table, path in config.tables.start.items()}
+    start = {table: storage.absolute(path) for table, path in config.tables.start.items()}
     earlier = config.warm_start.run
     return dataclasses.replace(
         config,
         tables=dataclasses.replace(config.tables, start=start),
-        warm_start=dataclasses.replace(config.warm_start, run=absolute(earlier) if earlier else None),
+        warm_start=dataclasses.replace(config.warm_start, run=storage.absolute(earlier) if earlier else None),
     )
 
 

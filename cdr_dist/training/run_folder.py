@@ -44,7 +44,7 @@ class RunFolder:
 
     def __init__(self, uri: str) -> None:
         self.local = storage.is_local(uri)
-        self.uri = str(Path(uri).expanduser().absolute()) if self.local else uri.rstrip("/")
+        self.uri = storage.absolute(uri)
         self.checkpoints = self.file("checkpoints")
         self._lines: list[str] = []
         """Of an object store's metrics.jsonl, as far as this process knows it."""
