@@ -348,3 +348,22 @@ def test_a_lease_lives_through_a_store_that_does_not_answer_for_a_while(tmp_path
         time.sleep(0.2)
         assert json.loads((tmp_path / lease.FILE).read_text())["beats"] > first
         silent.set()  # nor does its end raise anything
+
+
+@pytest.mark.parametrize("shown", [1, 9])
+def test_a_lease_that_shows_nothing_for_a_moment_is_not_lost(shown, tmp_path, monkeypatch):
+    """While a sign of life replaces the one before; one that never says who holds it again is."""
+    with lease.Lease(str(tmp_path)) as held:
+        whole, asked = storage.read_bytes, []
+
+        def flickering(uri, *more):
+            asked.append(uri)
+            return b"" if len(asked) <= shown else whole(uri, *more)
+
+        monkeypatch.setattr(storage, "read_bytes", flickering)
+        monkeypatch.setattr(lease.time, "sleep", lambda _: None)
+        if shown < lease.READS:
+            lease.check(str(tmp_path / lease.FILE), held.token)
+        else:
+            with pytest.raises(lease.LeaseLostError):
+                lease.check(str(tmp_path / lease.FILE), held.token)

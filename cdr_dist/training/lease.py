@@ -24,6 +24,9 @@ BEAT_S = 10.0
 PATIENCE_S = 35.0
 """Seconds without one after which a holder on another host counts as gone."""
 
+READS = 3
+"""Of a lease that does not say who holds it, before it counts as lost."""
+
 
 class Lease:
     """Held from entering the block to its end. UserError where another job holds the folder.
@@ -72,8 +75,7 @@ class Lease:
     def _live(self) -> None:
         while not self._over.wait(BEAT_S):
             with contextlib.suppress(UserError):  # a store that does not answer is asked again
-                last = _read(self._uri)
-                if last is None or last["token"] != self.token:
+                if not _is_held(self._uri, self.token):
                     return  # taken over: the next checkpoint says so
                 with durable("run.beat"):
                     self._beat()
@@ -81,9 +83,18 @@ class Lease:
 
 def check(lease: str, token: str) -> None:
     """LeaseLostError unless the lease is still the job's whose token this is; StorageError where nobody can tell."""
-    last = _read(lease)
-    if last is None or last["token"] != token:
+    if not _is_held(lease, token):
         raise LeaseLostError(f"{lease}: another job has taken over here; this one ends")
+
+
+def _is_held(uri: str, token: str) -> bool:
+    """What another job has written is believed at once; that nobody holds it, when it is read so again and again: a
+    store may have nothing to show while a sign of life replaces the one before."""
+    for _ in range(READS):
+        if (last := _read(uri)) is not None:
+            return bool(last["token"] == token)
+        time.sleep(0.3)
+    return False
 
 
 def _read(uri: str) -> dict[str, Any] | None:
