@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cdr_dist.bilevel.options import HypergradientOptions, PerceptronOptions
 from cdr_dist.data.options import SoftmaxOptions, StorageOptions, StreamOptions
 from cdr_dist.data.prepare_options import option_names
-from cdr_dist.data.words import fields_of
+from cdr_dist.data.words import fields_of, pair_of
 from cdr_dist.embeddings.options import TableOptions
 from cdr_dist.errors import UserError, nearest
 from cdr_dist.training.options import (
@@ -99,11 +99,9 @@ def compose_words(words: Sequence[str]) -> DictConfig:
     choices: list[str] = []
     options: list[tuple[str, str]] = []
     for word in words:
-        name, separator, value = word.partition("=")
         if word.startswith("--"):
             raise UserError(f"{word}: unknown; {nearest(word, ['--check', '--help'])}")
-        if not separator:
-            raise UserError(f"'{word}': options are written key=value")
+        name, value = pair_of(word)
         if _is_literal(name) and not value:
             raise UserError(f"{name}= is empty")
         if name in groups:

@@ -298,6 +298,7 @@ def other(folder):
         (["data=x", "out=s3://bucket/audit"], "out=s3://bucket/audit: must be a folder here"),
         (["source=a.csv", "target=b.csv", "dense.lrr=1"], "dense.lrr: unknown option"),
         (["data=x", "recipe=biao"], "recipe=biao: every run of experiment=single has its own"),
+        (["data=x", "seeds=3", "seeds=2"], "seeds= is given twice"),
         (["data=x", "seeds=1"], "seeds=1: must be a whole number, at least 2"),
         (["data"], "'data': options are written key=value"),
     ],

@@ -19,7 +19,7 @@ SAID = {
     "explain": explanation_job.OPTIONS,
     "report": report_job.OPTIONS,
     "audit": ("source", "target", *audit.OWN),
-    "experiment": experiment_job.OPTIONS,
+    "experiment": experiment_job.OWN,
     "demo": ("out",),
 }
 """Jobs that describe their options in their docstrings -> the options that they take."""

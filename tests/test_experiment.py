@@ -144,6 +144,10 @@ MISTAKES = {
     "an option": (["experiment=demo", "dense.lrr=1"], "demo / conet / target_only: dense.lrr: unknown option"),
     "no option": (["experiment=demo", "fast"], "'fast': options are written key=value"),
     "seeds": (["experiment=demo", "seeds=0"], "seeds=0: must be a whole number, at least 1"),
+    "seeds in other digits": (["experiment=demo", "seeds=²"], "seeds=²: must be a whole number, at least 1"),
+    "seeds empty": (["experiment=demo", "seeds="], "seeds=: must be a whole number, at least 1"),
+    "an option twice": (["experiment=demo", "seeds=1", "seeds=2"], "seeds= is given twice"),
+    "a list by both names": (["experiment=demo", "model=conet", "models=minet"], "models= is given twice"),
     "parallel": (["experiment=demo", "parallel=some"], "parallel=some: must be auto or a whole number"),
     "a recipe": (
         ["experiment=demo", "recipe=biao"],

@@ -278,7 +278,7 @@ def test_parts_that_are_left_out_are_called_so():
         (["run=RUN", "user=a", "out=b"], "give either user=KEY"),
         (["run=RUN", "user=a", "workers=2"], "workers= goes with out= alone"),
         (["run=RUN", "out=a", "html=b"], "html= goes with user= alone"),
-        (["run=RUN", "out=a", "most=0"], "most=0: a number of 1 or more is wanted"),
+        (["run=RUN", "out=a", "most=0"], "most=0: must be a whole number, at least 1"),
         (["run=RUN", "out=a", "workers=9"], "workers=9: more than stream.lanes=8"),
         (["run=RUN", "usr=a"], "usr: unknown option; did you mean 'user'?"),
         (["run=RUN", "user=u00020"], "none of the 300 users of DATA, such as u000199, u000200, u000201"),

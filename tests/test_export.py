@@ -139,7 +139,7 @@ def test_every_backbone_is_exported_and_scores_as_it_does_here(model):
         (["run=nowhere"], "nowhere: not a run"),
         (["workers=-1"], "workers=-1: must be 0 or more"),
         (["workers=9"], "workers=9: more than stream.lanes=8"),
-        (["top=3"], "unknown option top"),
+        (["top=3"], "top: unknown option"),
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path, monkeypatch, more, message):

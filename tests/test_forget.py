@@ -507,7 +507,7 @@ def test_users_come_from_a_file_as_well(world, tmp_path):
         (["user=a", "recommendations=nowhere"], "nowhere: no recommendations"),
         (["user=a", "out=nowhere"], "out=nowhere: holds no datasets, runs or recommendations"),
         (["users=nowhere.txt", "data=x"], "nowhere.txt: not found"),
-        (["usr=a"], "unknown option usr: did you mean"),
+        (["usr=a"], "usr: unknown option; did you mean"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_makes_nothing(words, message, tmp_path, monkeypatch):

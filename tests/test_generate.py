@@ -242,7 +242,7 @@ def test_the_command_keeps_what_is_there_and_refuses_what_is_not(tmp_path, capsy
 @pytest.mark.parametrize(
     ("word", "said"),
     {
-        "user=3": "unknown option user: did you mean 'users'?",
+        "user=3": "user: unknown option; did you mean 'users'?",
         "users=many": "users=many: not a whole number",
         "exponent=-1": "exponent=-1.0: must be between 0 and 3",
         "target_behaviours=10": "target_behaviours=10: must be users=2000 to users x longest / 2 = 50000",

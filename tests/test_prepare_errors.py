@@ -81,15 +81,15 @@ def fails_with_target(text: str | bytes, words: str = "", name: str = "t.tsv") -
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("thresold=3", "unknown option thresold: did you mean 'threshold'?"),
-        ("threshold", "threshold: options are written name=value"),
+        ("thresold=3", "thresold: unknown option; did you mean 'threshold'?"),
+        ("threshold", "'threshold': options are written key=value"),
         ("threshold=high", "threshold=high: not a number"),
         ("threshold=nan", "threshold=nan: must be a finite number"),
         ("seed=1.5", "seed=1.5: not a whole number"),
         ("seed=1 seed=2", "seed= is given twice"),
         ("split=leave_lst", "split=leave_lst: did you mean 'leave_last'?"),
         ("format=logs", "format=logs: known: amazon, coldrec, recbole, table, windows"),
-        ("columns.usr=a", "unknown option columns.usr: did you mean 'columns.user'?"),
+        ("columns.usr=a", "columns.usr: unknown option; did you mean 'columns.user'?"),
         ("split=time", "split=time needs valid_from= and test_from="),
         ("split=time valid_from=3 test_from=3", "valid_from=3 must be before test_from=3"),
         ("valid_from=3", "valid_from= and test_from= need split=time"),

@@ -364,7 +364,7 @@ def test_what_a_killed_job_left_is_begun_anew(tmp_path):
         (["candidates=few"], "candidates=few: all, auto or a number of 1 or more"),
         (["candidates=10", "top=20"], "candidates=10: fewer than top=20"),
         (["seen=hide"], "seen=hide: "),
-        (["tops=3"], "unknown option tops: did you mean"),
+        (["tops=3"], "tops: unknown option; did you mean"),
         (["run=nowhere"], "nowhere: not a run"),
         (["workers=9"], "workers=9: more than stream.lanes=8"),
         (["items=none.txt"], "none.txt: not found"),

@@ -31,6 +31,7 @@ import torch
 
 from cdr_dist.configuration import TrainConfig, from_words
 from cdr_dist.data.demo import dataset_of
+from cdr_dist.data.words import whole_number
 from cdr_dist.errors import UserError, nearest
 from cdr_dist.evaluation.table import markdown
 from cdr_dist.jobs import run_job
@@ -192,13 +193,12 @@ def table(found: dict[str, Any]) -> str:
 
 def main(words: list[str]) -> None:
     own, rest = own_options(words)
-    if not own["cycles"].isdigit() or own["cycles"] == "0":
-        raise UserError(f"cycles={own['cycles']}: must be a whole number, at least 1")
+    cycles = whole_number("cycles", own["cycles"], 1)
     quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="profile-") as folder:
         config = from_words(["trainer.workers=0", *rest, f"run={folder}/run"])
         check_before_start(config, dataset_of(config.data))
-        found = profile(config, int(own["cycles"]), own["trace"], own["phase"])
+        found = profile(config, cycles, own["trace"], own["phase"])
     if own["json"]:
         Path(own["json"]).write_text(json.dumps(found, indent=1) + "\n")
     for name, of in found.items():

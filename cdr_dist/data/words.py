@@ -36,37 +36,46 @@ def check(holds: bool, message: str) -> None:
 
 def values_of(words: list[str], fields: Fields) -> dict[str, Any]:
     """Name -> value of the given words; values are literal. UserError: unknown name, wrong type, given twice."""
-    given: dict[str, Any] = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        check(bool(equals), f"{word}: options are written name=value")
-        check(name in fields, f"unknown option {name}: {nearest(name, list(fields))}")
-        check(name not in given, f"{name}= is given twice")
-        given[name] = _value(name, text, fields[name][0])
-    return given
+    given = words_of(words, list(fields))
+    return {name: _value(name, text, fields[name][0]) for name, text in given.items()}
 
 
-def words_of(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
-    """The words of a job that knows few options. UserError: another one."""
-    found = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        check(bool(equals), f"'{word}': options are written key=value")
-        check(name in known, f"{name}: unknown option; {nearest(name, list(known))}")
+def pair_of(word: str) -> tuple[str, str]:
+    """Name and value. UserError: not written so."""
+    name, equals, value = word.partition("=")
+    check(bool(equals), f"'{word}': options are written key=value")
+    return name, value
+
+
+def pairs(words: Sequence[str]) -> dict[str, str]:
+    """Name -> value. UserError: not written so, given twice."""
+    found: dict[str, str] = {}
+    for name, value in map(pair_of, words):
+        check(name not in found, f"{name}= is given twice")
         found[name] = value
     return found
 
 
+def words_of(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
+    """The words of a job that knows these options alone. UserError: another one, given twice."""
+    found = pairs(words)
+    for name in found:
+        check(name in known, f"{name}: unknown option; {nearest(name, list(known))}")
+    return found
+
+
 def apart(words: Sequence[str], own: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The values of some names, over their defaults `own`, and the other words as they are."""
-    found, rest = dict(own), []
-    for word in words:
-        name, _, value = word.partition("=")
-        if name in own:
-            found[name] = value
-        else:
-            rest.append(word)
-    return found, rest
+    """The values of some names, over their defaults `own`, and the other words as they are. UserError: given twice."""
+    is_own = [word.partition("=")[0] in own for word in words]
+    given = pairs([word for word, mine in zip(words, is_own, strict=True) if mine])
+    return {**own, **given}, [word for word, mine in zip(words, is_own, strict=True) if not mine]
+
+
+def whole_number(name: str, text: str, least: int) -> int:
+    """UserError: anything else."""
+    number = int(text) if text.isascii() and text.isdigit() else least - 1
+    check(number >= least, f"{name}={text}: must be a whole number, at least {least}")
+    return number
 
 
 def described(fields: Fields, required: tuple[str, ...] = ()) -> list[str]:

@@ -15,7 +15,7 @@ from cdr_dist.configuration import TrainConfig, from_words, of_prepare_and_train
 from cdr_dist.data import storage
 from cdr_dist.data.prepare_options import DATE, PrepareOptions, options_from_words
 from cdr_dist.data.retries import refuse_secrets
-from cdr_dist.data.words import check, fields_of, option, values_of
+from cdr_dist.data.words import check, fields_of, option, pairs, values_of
 from cdr_dist.errors import UserError
 from cdr_dist.production.drift import DriftOptions
 from cdr_dist.production.gate import GateOptions
@@ -108,7 +108,7 @@ class Request:
 
 def read_words(words: Sequence[str]) -> Request:
     """UserError: an option that is nobody's, set by the night itself, given twice, or of a value that cannot be."""
-    given = _pairs(words)
+    given = pairs(words)
     from_file = _from_file(given["config"]) if given.get("config") else {}
     merged = from_file | given
     for value in merged.values():
@@ -151,16 +151,6 @@ def check_day(prepare: Sequence[str], date: str) -> None:
             of_day = log.replace(DATE, date)
             if not ("*" in of_day or storage.is_folder(of_day) or storage.exists(of_day)):
                 raise UserError(f"{of_day}: not found: the {role} has no log of {date} yet")
-
-
-def _pairs(words: Sequence[str]) -> dict[str, str]:
-    given: dict[str, str] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        check(bool(equals), f"'{word}': options are written key=value")
-        check(name not in given, f"{name}= is given twice")
-        given[name] = value
-    return given
 
 
 def _from_file(uri: str) -> dict[str, str]:

@@ -25,6 +25,7 @@ from cdr_dist.data.dataset import Manifest, read_manifest
 from cdr_dist.data.demo import dataset_of
 from cdr_dist.data.prepare import prepare
 from cdr_dist.data.prepare_options import options_from_words
+from cdr_dist.data.words import apart, whole_number
 from cdr_dist.errors import UserError
 from cdr_dist.evaluation import verdict
 from cdr_dist.evaluation.audit_page import Answer
@@ -76,23 +77,11 @@ def audit_job(words: Sequence[str]) -> None:
 
 def request_of(words: Sequence[str]) -> Request:
     """The words read; of raw logs, datasets are prepared first. UserError: a word that is nobody's, too few sources."""
-    given = dict(OWN)
-    rest: list[str] = []
-    for word in words:
-        key, separator, value = word.partition("=")
-        if not separator:
-            raise UserError(f"'{word}': options are written key=value")
-        if key in OWN:
-            given[key] = value
-        else:
-            rest.append(word)
+    given, rest = apart(words, OWN)
     of_prepare, of_train = of_prepare_and_train(rest)
     of_train = [word for word in of_train if not word.startswith("seed=")]  # a run's is one of `seeds`
-    numbers = {}
-    for key, least in (("seeds", 2), ("first_seed", 1), ("budget", 1)):
-        if not given[key].isdigit() or int(given[key]) < least:
-            raise UserError(f"{key}={given[key]}: must be a whole number, at least {least}")
-        numbers[key] = int(given[key])
+    least = {"seeds": 2, "first_seed": 1, "budget": 1}
+    numbers = {name: whole_number(name, given[name], of) for name, of in least.items()}
     check_parallel(given["parallel"])
     if "://" in given["out"]:
         raise UserError(f"out={given['out']}: must be a folder here, or on a disk that all machines share")

@@ -14,6 +14,7 @@ import yaml
 from cdr_dist.configuration import CONFIGS, TrainConfig, from_words
 from cdr_dist.data import storage
 from cdr_dist.data.demo import DEMOS
+from cdr_dist.data.words import pair_of
 from cdr_dist.errors import UserError, nearest
 from cdr_dist.training.options import smaller_is_better
 
@@ -276,13 +277,7 @@ def _check_own(experiment: Experiment, words: Sequence[str]) -> None:
 
 
 def last_of_each(words: Sequence[str]) -> list[str]:
-    chosen: dict[str, str] = {}
-    for word in words:
-        key, separator, _ = word.partition("=")
-        if not separator:
-            raise UserError(f"'{word}': options are written key=value")
-        chosen[key] = word
-    return list(chosen.values())
+    return list({pair_of(word)[0]: word for word in words}.values())
 
 
 def _models(given: Any) -> Choices:

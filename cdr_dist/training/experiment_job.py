@@ -21,6 +21,7 @@ from cdr_dist.configuration import CONFIGS, from_words
 from cdr_dist.data import storage
 from cdr_dist.data.dataset import read_manifest
 from cdr_dist.data.demo import DEMOS, folder_of
+from cdr_dist.data.words import apart, whole_number
 from cdr_dist.errors import Stopped, UserError
 from cdr_dist.evaluation.experiment_report import write_report
 from cdr_dist.evaluation.experiment_tables import Findings, Run, grid_table
@@ -37,7 +38,9 @@ WEIGHTS, BY_LENGTH = "weights.parquet", "weights_by_length.parquet"
 NUMBERS = {"seeds": 1, "first_seed": 0, "budget": 0}
 """Options that are whole numbers, and the least that each may be."""
 LISTS = ("methods", "models", "data", "paper")
-OPTIONS = ("experiment", "out", "runs", "parallel", *NUMBERS, *LISTS)
+OWN = dict.fromkeys(("experiment", "out", "runs", *NUMBERS, *LISTS), "")
+OWN |= {"seeds": "5", "first_seed": "8", "parallel": "auto"}
+"""The job's own options and their defaults; empty: the experiment's."""
 
 
 @dataclass(frozen=True)
@@ -61,30 +64,20 @@ class Request:
 
 
 def read_words(words: Sequence[str]) -> Request:
-    given = {"seeds": "5", "first_seed": "8", "parallel": "auto"}
-    rest = []
-    for word in words:
-        key, _, value = word.partition("=")
-        key = "models" if key == "model" else key
-        if key in OPTIONS:
-            given[key] = value
-        else:
-            rest.append(word)
-    if "experiment" not in given:
+    given, rest = apart([f"models={word[6:]}" if word.startswith("model=") else word for word in words], OWN)
+    if not given["experiment"]:
         raise UserError("experiment= is missing; see --help")
-    for key, least in NUMBERS.items():
-        if key in given and (not given[key].isdigit() or int(given[key]) < least):
-            raise UserError(f"{key}={given[key]}: must be a whole number, at least {least}")
+    numbers = {name: whole_number(name, given[name], NUMBERS[name]) for name in NUMBERS if given[name] or OWN[name]}
     check_parallel(given["parallel"])
-    lists = {key: given[key].split(",") if given.get(key) else [] for key in LISTS}
+    lists = {name: given[name].split(",") if given[name] else [] for name in LISTS}
     experiment = load(given["experiment"])
     experiment = chosen(experiment, lists["methods"], lists["models"], lists["data"])
-    experiment = _with_budget(experiment, given.get("budget"))
-    out = Path(given.get("out") or f"runs/experiments/{experiment.name}").expanduser().absolute()
-    runs = given.get("runs") or str(out / "runs")
+    experiment = _with_budget(experiment, numbers.get("budget"))
+    out = Path(given["out"] or f"runs/experiments/{experiment.name}").expanduser().absolute()
+    runs = given["runs"] or str(out / "runs")
     request = Request(
         experiment=experiment,
-        seeds=range(int(given["first_seed"]), int(given["first_seed"]) + int(given["seeds"])),
+        seeds=range(numbers["first_seed"], numbers["first_seed"] + numbers["seeds"]),
         out=out,
         runs=storage.absolute(runs),
         parallel=given["parallel"],
@@ -96,13 +89,13 @@ def read_words(words: Sequence[str]) -> Request:
     return request
 
 
-def _with_budget(experiment: Experiment, budget: str | None) -> Experiment:
+def _with_budget(experiment: Experiment, budget: int | None) -> Experiment:
     """The experiment with that many trials; a search of none is none."""
     search = experiment.search
-    if budget is not None and int(budget) and search is None:
+    if budget and search is None:
         raise UserError(f"budget={budget}: configs/experiment/{experiment.name}.yaml has no search")
     if search is not None and budget is not None:
-        search = dataclasses.replace(search, budget=int(budget))
+        search = dataclasses.replace(search, budget=budget)
     if search is not None and experiment.grid and search.budget:
         raise UserError(f"experiment={experiment.name}: has a grid and a search; leave one of them out")
     return dataclasses.replace(experiment, search=search if search and search.budget else None)

@@ -161,7 +161,7 @@ def _line(text: str) -> str:
 
 def check_parallel(given: str) -> None:
     """UserError: neither auto nor a number of runs."""
-    if given != "auto" and (not given.isdigit() or int(given) < 1):
+    if given != "auto" and not (given.isascii() and given.isdigit() and int(given)):
         raise UserError(f"parallel={given}: must be auto or a whole number, at least 1")
 
 

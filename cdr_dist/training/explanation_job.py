@@ -18,7 +18,7 @@ from cdr_dist.data.demo import dataset_of
 from cdr_dist.data.keys import Keys
 from cdr_dist.data.shards import verify
 from cdr_dist.data.stored_rows import StoredRows
-from cdr_dist.data.words import words_of
+from cdr_dist.data.words import whole_number, words_of
 from cdr_dist.embeddings.workers import through_shared_memory
 from cdr_dist.errors import UserError
 from cdr_dist.evaluation.explanation import Behaviour, Explanation, as_html, as_text
@@ -47,8 +47,8 @@ def explanation_job(words: Sequence[str]) -> None:
     wrong, right = ("workers", "out") if "user" in given else ("html", "user")
     if wrong in given:
         raise UserError(f"{wrong}= goes with {right}= alone")
-    most = _number("most", given["most"], 1) if "most" in given else None
-    workers = _number("workers", given["workers"], 0) if "workers" in given else None
+    most = whole_number("most", given["most"], 1) if "most" in given else None
+    workers = whole_number("workers", given["workers"], 0) if "workers" in given else None
     quiet_libraries()
     place = RunFolder(given["run"])
     config = place.config()
@@ -63,12 +63,6 @@ def explanation_job(words: Sequence[str]) -> None:
     else:
         counts = explain_all(config, place, step, storage.absolute(given["out"]), most or 0, workers)
         print(json.dumps({"run": given["run"], "step": step, "out": given["out"]} | counts, indent=1))
-
-
-def _number(name: str, given: str, least: int) -> int:
-    if not given.isascii() or not given.isdigit() or int(given) < least:
-        raise UserError(f"{name}={given}: a number of {least} or more is wanted")
-    return int(given)
 
 
 def _check_perceptron(config: TrainConfig) -> None:
