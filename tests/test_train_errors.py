@@ -106,6 +106,12 @@ OPTIONS = {
         "hypergradient.tolerance=1e-08: only conjugate_gradient has one, and hypergradient.inverse=neumann",
     ),
     "no such start": (["perceptron.start=equl"], "perceptron.start=equl: choose equal or random"),
+    "no interval": (["upper.interval=0"], "upper.interval=0: must be at least 1"),
+    "a cycle without end": (["upper.interval=1000000000"], "upper.interval=1000000000: must be at most 1,000,000"),
+    "no times": (
+        ["recipe.phases=[{name: a, cycle: [{update: {_target_: cdr_dist.training.lower.Lower}, times: 0}]}]"],
+        "recipe.phases: an update 0 times in a row: must be 1 to 1,000,000",
+    ),
     "no coefficient": (["upper.gamma0=0"], "upper.gamma0=0.0: must be above 0"),
     "no epochs": (["trainer.epochs=0"], "trainer.epochs=0: must be at least 1"),
     "a word for a list": (["hypergradient.theta=user"], "hypergradient.theta: ", "lists are written [64,32]"),

@@ -16,13 +16,14 @@ from cdr_dist.data.candidates import Candidates
 from cdr_dist.data.dataset import FIRST_ID, SEQUENCES, Manifest, read_manifest
 from cdr_dist.data.histories import History
 from cdr_dist.data.truth import kinds_of_users, of_categories
+from cdr_dist.data.words import check
 from cdr_dist.embeddings.options import TableSpec
 from cdr_dist.errors import UserError, nearest
 from cdr_dist.evaluation.classification import METRICS as CLASS_METRICS
 from cdr_dist.evaluation.metrics import FULL, RANKING
 from cdr_dist.models.protocol import Output
 from cdr_dist.training.mirrors import check_mlflow
-from cdr_dist.training.options import PhaseConfig
+from cdr_dist.training.options import MOST_TIMES, PhaseConfig
 
 METRICS = ("auc", "gauc", "logloss")
 RANKED = re.compile(rf"({FULL})?(?:{'|'.join(RANKING)})@(\d+)")
@@ -87,6 +88,8 @@ def _one_line(error: BaseException) -> str:
 
 def build_updates(config: TrainConfig) -> list[list[Any]]:
     """Of each phase of the recipe the cycle, written out: an update that comes n times stands n times."""
+    for times in (spec.times for phase in config.recipe.phases for spec in phase.cycle):
+        check(1 <= times <= MOST_TIMES, f"recipe.phases: an update {times} times in a row: must be 1 to {MOST_TIMES:,}")
     return [
         [
             update

@@ -29,6 +29,10 @@ def above_zero(group: str, options: object, *names: str) -> None:
             raise UserError(f"{group}.{name}={value}: must be above 0 and finite")
 
 
+MOST_TIMES = 1_000_000
+"""Of an update within a cycle, which is a list with an entry for each time."""
+
+
 @dataclass
 class UpdateConfig:
     """One kind of update and how often it comes in a row within the cycle. `update` holds a `_target_`."""
@@ -158,6 +162,8 @@ class UpperOptions:
         if not 0 < self.split < 1:
             raise UserError(f"upper.split={self.split}: a share of behaviours, above 0 and below 1")
         at_least("upper", self, 1, "rotate_epochs", "interval", "dev_behaviours", "source_draws")
+        if self.interval > MOST_TIMES:
+            raise UserError(f"upper.interval={self.interval}: must be at most {MOST_TIMES:,}")
         at_least("upper", self, 0, "warm_up_epochs", "dev_batch_size", "lr", "weight_decay", "clip")
         above_zero("upper", self, "head_lr", "gamma0")
         if self.head_refresh != "lower" and not (
