@@ -64,7 +64,8 @@ class Request:
 
 
 def read_words(words: Sequence[str]) -> Request:
-    given, rest = apart([f"models={word[6:]}" if word.startswith("model=") else word for word in words], OWN)
+    words = [word.replace("model=", "models=", 1) if word.startswith("model=") else word for word in words]
+    given, rest = apart(words, OWN)
     if not given["experiment"]:
         raise UserError("experiment= is missing; see --help")
     numbers = {name: whole_number(name, given[name], NUMBERS[name]) for name in NUMBERS if given[name] or OWN[name]}
